@@ -1,0 +1,458 @@
+"""Train the embedded teacher: a small Stable-Diffusion-shaped pipeline on the drawn scenes (under an hour on two cores).
+
+    python jobs/train_teacher.py --work runs/teacher --out raydistill/assets/scenes_teacher
+
+Phases: scenes, autoencoder, latents, text encoder and UNet together, figures. Each phase leaves its result in `--work`,
+and a call with the same folder goes on where the last one stopped. The teacher is a folder as diffusers writes it, so
+that the code that loads Stable Diffusion loads it too; `figures.json` beside it holds what this command printed.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raydistill.torchvision_ops import ensure_torchvision_importable
+
+ensure_torchvision_importable()
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+from raydistill.data.scenes import SCENES_VERSION, write_scenes  # noqa: E402
+from raydistill.eval.features import COLOURS, SHAPES, load_scene_net, scene_net_sha256  # noqa: E402
+
+NUM_TOKENS = 20
+TEXT_WIDTH = 64
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    started = time.time()
+    args.work.mkdir(parents=True, exist_ok=True)
+    scenes = write_scenes(args.work / "scenes", num_train=args.num_train, num_val=2000)
+    train_images, train_captions = load_split(scenes, "train")
+    val_images, val_captions = load_split(scenes, "val")
+
+    vae = train_autoencoder(args, train_images, val_images)
+    latents = encode(vae, train_images)
+    tokenizer = make_tokenizer(train_captions, args.work / "tokenizer")
+    text_encoder, unet = make_networks(len(tokenizer), args.seed)
+    print("parameters:", {n: count(m) for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))}, flush=True)
+    nets = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    judge = Judge(val_images, val_captions, args.seed)
+
+    def publish(weights: nn.ModuleDict) -> StableDiffusionPipeline:
+        pipeline = assemble(vae, tokenizer, weights["text_encoder"], weights["unet"])
+        pipeline.save_pretrained(args.out, safe_serialization=True)
+        write_vocabulary(tokenizer, args.out / "tokenizer")
+        return pipeline
+
+    ids = tokenise(tokenizer, train_captions)
+    final = train_denoiser(args, nets, latents, ids, tokenizer, publish, judge)
+    pipeline = publish(final)
+    figures = measure(args, pipeline, judge, val_images, started)
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="folder for intermediate results")
+    parser.add_argument("--out", type=Path, default=Path("raydistill/assets/scenes_teacher"), help="where the pipeline goes")
+    parser.add_argument("--num-train", type=int, default=32000, help="train scenes; the data set's 8000 are the first of them")
+    parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of the autoencoder")
+    parser.add_argument("--vae-lr", type=float, default=2e-3, help="peak learning rate of the autoencoder")
+    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the mean KL of a latent element")
+    parser.add_argument("--steps", type=int, default=15000, help="optimiser steps of UNet and text encoder")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate of UNet and text encoder")
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="per step; ramped up at the start")
+    parser.add_argument("--caption-dropout", type=float, default=0.1, help="share of captions replaced by the empty string")
+    parser.add_argument("--check-every", type=int, default=1500, help="steps between snapshots, each judged on 256 captions")
+    parser.add_argument("--eval-samples", type=int, default=2000, help="samples per guidance scale for the figures")
+    parser.add_argument("--ddim-steps", type=int, default=25, help="sampling steps for the figures")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0], help="guidance scales to measure")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the batches and the noise")
+    return parser.parse_args()
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def load_split(root: Path, split: str) -> tuple[Tensor, list[list[str]]]:
+    """(images uint8 [N, 3, 32, 32], the five captions of each) of a split of the scenes folder."""
+    table = json.loads((root / "annotations" / f"captions_{split}.json").read_text())
+    pixels = [np.asarray(Image.open(root / split / entry["file_name"])) for entry in table["images"]]
+    captions: dict[int, list[str]] = {entry["id"]: [] for entry in table["images"]}
+    for note in table["annotations"]:
+        captions[note["image_id"]].append(note["caption"])
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), list(captions.values())
+
+
+def to_floats(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# Autoencoder
+
+
+def train_autoencoder(args: argparse.Namespace, images: Tensor, val_images: Tensor) -> AutoencoderKL:
+    """The trained VAE; its scaling factor gives the latents a standard deviation of one, as in Stable Diffusion."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+    file, about = args.work / "vae.safetensors", args.work / "vae.json"
+    if not about.exists():
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, weight_decay=1e-4, betas=(0.9, 0.99))
+        plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.vae_lr, total_steps=args.vae_steps, pct_start=0.05)
+        bar = tqdm(range(args.vae_steps), desc="autoencoder", unit="step")
+        for step in bar:
+            x = to_floats(images[torch.randint(len(images), (64,))])
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(x).latent_dist
+                out = vae.decode(posterior.sample()).sample.float()
+            # The gradient term keeps the edges, by which a ring differs from a circle.
+            edges = sum((out.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+            kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+            loss = (out - x).abs().mean() + F.mse_loss(out, x) + 0.5 * edges + args.kl_weight * kl
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            plan.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}")
+        save_file(vae.state_dict(), str(file))
+        vae.register_to_config(scaling_factor=1.0)
+        spread = encode(vae.eval(), images[:4000])
+        about.write_text(json.dumps({"scaling_factor": float(1 / spread.std())}))
+        print("latent mean per channel", spread.mean(dim=(0, 2, 3)).tolist(), "std", spread.std(dim=(0, 2, 3)).tolist())
+    vae.load_state_dict(load_file(str(file)))
+    vae.register_to_config(scaling_factor=json.loads(about.read_text())["scaling_factor"])
+    vae.eval().requires_grad_(False)
+    print("autoencoder:", reconstruction_figures(vae, val_images), flush=True)
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Scaled latents [N, 4, 8, 8] (the posterior's mode)."""
+    scale = vae.config.scaling_factor
+    return torch.cat([vae.encode(to_floats(part)).latent_dist.mode() * scale for part in images.split(256)])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images uint8 [N, 3, 32, 32] of scaled latents."""
+    return torch.cat([to_bytes(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(128)])
+
+
+@torch.no_grad()
+def reconstruction_figures(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
+    """PSNR over the validation images, and whether SceneNet still sees the same objects."""
+    net = load_scene_net()
+    rebuilt = decode(vae, encode(vae, images))
+    mse = (to_floats(images) - to_floats(rebuilt)).square().mean(dim=(1, 2, 3))
+    same = (net.objects(images) > 0) == (net.objects(rebuilt) > 0)
+    return {
+        "psnr_db": round((10 * torch.log10(4 / mse)).mean().item(), 2),
+        "same_objects": round(same.all(dim=(1, 2)).float().mean().item(), 4),
+        "toyfid": round(frechet(net.features(images), net.features(rebuilt)), 4),
+    }
+
+
+# Text
+
+
+def make_tokenizer(captions: list[list[str]], folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs were merged until each word of the captions is one token."""
+    words = sorted({word for five in captions for caption in five for word in caption.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Letters that no word has still need a token, so that any lower-case prompt can be read.
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(words + letters)], trainer)
+    state = json.loads(bpe.to_str())["model"]
+    pieces = [piece for piece, _ in sorted(state["vocab"].items(), key=lambda item: item[1])]
+    pieces += [f"{letter}</w>" for letter in letters if f"{letter}</w>" not in state["vocab"]]
+    vocab = {piece: index for index, piece in enumerate([*pieces, START, END])}
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in state["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=NUM_TOKENS)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    for word in words:
+        if len(tokenizer(word).input_ids) != 3:
+            raise RuntimeError(f"the word {word!r} is {tokenizer.tokenize(word)}, not one token")
+    return tokenizer
+
+
+def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """vocab.json and merges.txt, the files that Stable Diffusion's tokenizer folder has."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(state["vocab"], ensure_ascii=False))
+    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+
+
+def tokenise(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
+    """Token ids [N, captions, 20]."""
+    flat = [caption for five in captions for caption in five]
+    ids = tokenizer(flat, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return ids.view(len(captions), -1, NUM_TOKENS)
+
+
+# Denoiser
+
+
+def make_networks(vocab_size: int, seed: int) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    torch.manual_seed(seed)
+    text_config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=NUM_TOKENS,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 80),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,  # two heads: diffusers' historical name
+        norm_num_groups=16,
+        time_embedding_dim=96,
+    )
+    return CLIPTextModel(text_config), unet
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def assemble(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.ModuleDict:
+    """The averaged weights after training with the eps loss under min-SNR-5 weights (arXiv:2303.09556, eq. 5)."""
+    averaged = copy.deepcopy(nets).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(nets.parameters(), lr=args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    alpha_bar = make_scheduler().alphas_cumprod
+    snr = alpha_bar / (1 - alpha_bar)
+    loss_weights = snr.clamp(max=5) / snr
+    empty = tokenise(tokenizer, [[""]])[0, 0]
+    state_file, first = args.work / "denoiser.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        nets.load_state_dict(state["nets"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    nets.train()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="teacher", unit="step", mininterval=5)
+    smooth_loss = None
+    for step in bar:
+        draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        chosen = torch.randint(len(latents), (args.batch_size,), generator=draw)
+        x0 = latents[chosen]
+        tokens = ids[chosen, torch.randint(ids.shape[1], (args.batch_size,), generator=draw)]
+        dropped = torch.rand(args.batch_size, generator=draw) < args.caption_dropout
+        tokens = torch.where(dropped[:, None], empty, tokens)
+        # Stratified over the batch: the loss varies far more with t than with the image.
+        t = ((torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=draw)) * 1000 / args.batch_size).long()
+        eps = torch.randn(x0.shape, generator=draw)
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        text = nets["text_encoder"](tokens).last_hidden_state
+        predicted = nets["unet"](a.sqrt() * x0 + (1 - a).sqrt() * eps, t, text).sample
+        loss = ((predicted - eps).square().mean(dim=(1, 2, 3)) * loss_weights[t]).mean()
+        progress = step / args.steps
+        lr = args.lr * min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
+        optimizer.step()
+        decay = min(args.ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
+        if step % 20 == 0:
+            smooth_loss = loss.item() if smooth_loss is None else 0.95 * smooth_loss + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{lr:.1e}")
+        if (step + 1) % args.check_every == 0 or step + 1 == args.steps:
+            state = {"nets": nets.state_dict(), "averaged": averaged.state_dict()}
+            torch.save(state | {"optimizer": optimizer.state_dict(), "step": step + 1}, state_file)
+            pipeline = publish(averaged)
+            shown = judge(pipeline, 256, args.ddim_steps, 3.0, grid=args.work / f"grid_{step + 1:06d}.png")
+            print(f"\nstep {step + 1} loss {smooth_loss:.4f} {shown}", flush=True)
+    return averaged
+
+
+# Figures
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance of two feature sets [N, 64], through the symmetrised product in float64."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+class Judge:
+    """toyfid and prompt accuracy of a pipeline's samples for the captions of the validation split."""
+
+    def __init__(self, images: Tensor, captions: list[list[str]], seed: int) -> None:
+        self.net = load_scene_net()
+        self.captions = [five[index % len(five)] for index, five in enumerate(captions)]
+        with torch.no_grad():
+            self.reference = self.net.features(images)
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: StableDiffusionPipeline, num: int, steps: int, guidance: float, grid: Path | None = None, spacing: str = "leading"
+    ) -> dict[str, float]:
+        captions = self.captions[:num]
+        text = self._embed(pipeline, captions)
+        empty = self._embed(pipeline, [""])
+        noise = torch.randn(num, 4, 8, 8, generator=torch.Generator().manual_seed(self.seed + 1))
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+        scheduler.set_timesteps(steps)
+        latents = []
+        for start in range(0, num, 64):
+            x, cond = noise[start : start + 64], text[start : start + 64]
+            both = torch.cat([cond, empty.expand(len(cond), -1, -1)])
+            for t in scheduler.timesteps:
+                if guidance == 1:
+                    eps = pipeline.unet(x, t, cond).sample
+                else:
+                    with_text, without = pipeline.unet(torch.cat([x, x]), t, both).sample.chunk(2)
+                    eps = without + guidance * (with_text - without)
+                x = scheduler.step(eps, t, x).prev_sample
+            latents.append(x)
+        images = decode(pipeline.vae, torch.cat(latents))
+        if grid is not None:
+            save_grid(images[:64], grid)
+            grid.with_suffix(".txt").write_text("\n".join(captions[:64]))
+        features, objects = self.net(images)
+        named = [named_objects(caption) for caption in captions]
+        right = [all(bool(objects[i, c, s] > 0) for c, s in pairs) for i, pairs in enumerate(named)]
+        single = [ok for ok, pairs in zip(right, named, strict=True) if len(pairs) == 1]
+        double = [ok for ok, pairs in zip(right, named, strict=True) if len(pairs) == 2]
+        return {
+            "prompt_accuracy": round(sum(right) / len(right), 4),
+            "prompt_accuracy_one_object": round(sum(single) / max(1, len(single)), 4),
+            "prompt_accuracy_two_objects": round(sum(double) / max(1, len(double)), 4),
+            "toyfid": round(frechet(features, self.reference), 4),
+        }
+
+    def _embed(self, pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
+        ids = tokenise(pipeline.tokenizer, [[caption] for caption in captions])[:, 0]
+        return torch.cat([pipeline.text_encoder(part).last_hidden_state for part in ids.split(256)])
+
+
+def named_objects(caption: str) -> list[tuple[int, int]]:
+    words = caption.split()
+    return [(COLOURS.index(c), SHAPES.index(s)) for c, s in zip(words, words[1:], strict=False) if c in COLOURS and s in SHAPES]
+
+
+def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
+    rows = [torch.cat(list(row), dim=2) for row in images.split(columns) if len(row) == columns]
+    pixels = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels)
+    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
+
+
+def measure(args, pipeline: StableDiffusionPipeline, judge: Judge, val_images: Tensor, started: float) -> dict:
+    """All figures, with the hashes of the files that they belong to."""
+    modules = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    figures: dict = {"parameters": {name: count(module) for name, module in modules.items()}}
+    figures["training"] = {
+        "images_drawn": args.num_train, "vae_steps": args.vae_steps, "steps": args.steps, "batch_size": args.batch_size,
+        "seed": args.seed, "scenes_version": SCENES_VERSION, "last_call_wall_s": round(time.time() - started),
+    }  # fmt: skip
+    figures["autoencoder"] = reconstruction_figures(pipeline.vae, val_images)
+    figures["samples"] = args.eval_samples
+    figures["captions"] = "caption number i % 5 of image i of the val split"
+    figures["reference"] = "2000 val images"
+    for guidance in args.guidance:
+        name = f"ddim_{args.ddim_steps}_guidance_{guidance:g}"
+        figures[name] = judge(pipeline, args.eval_samples, args.ddim_steps, guidance, grid=args.work / f"final_{name}.png")
+        print(name, figures[name], flush=True)
+    figures["one_step_guidance_1"] = judge(pipeline, args.eval_samples, 1, 1.0, spacing="trailing")
+    with torch.no_grad():
+        first, second = judge.reference[::2], judge.reference[1::2]
+    figures["toyfid_between_val_halves"] = round(frechet(first, second), 4)
+    figures["scene_net_sha256"] = scene_net_sha256()
+    weights = sorted(args.out.rglob("*.safetensors"))
+    figures["sha256"] = {str(f.relative_to(args.out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
+    figures["bytes"] = sum(file.stat().st_size for file in weights)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The methods: one file each, readable beside its paper; `METHODS` is the registry."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry:
+    """One line of the registry; classes are named, not imported, so that listing methods stays light."""
+
+    title: str
+    paper: str
+    """arXiv id."""
+    method: str
+    """"module:Class" of the Method."""
+    config: str
+    """"module:Class" of its settings."""
+    needs: str
+    """What it needs, in words."""
+    job: str
+
+
+METHODS: dict[str, MethodEntry] = {
+    "dmd2": MethodEntry(
+        title="Improved distribution matching distillation",
+        paper="2405.14867",
+        method="raydistill.methods.dmd2:DMD2",
+        config="raydistill.methods.dmd2:DMD2Config",
+        needs="teacher: score; critic: score and GAN head (vjp); real data: for the GAN",
+        job="jobs/dmd2_coco.py",
+    ),
+}

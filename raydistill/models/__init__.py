@@ -1,0 +1,1 @@
+"""Networks behind one contract, `Denoiser`: (x_t, t, cond) -> x0."""

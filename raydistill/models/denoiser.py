@@ -1,0 +1,116 @@
+"""What a method may ask of a network: `Denoiser` maps (x_t, t, cond) to x0, wherever and however it is computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.diffusion.guidance import guide
+from raydistill.diffusion.schedules import NoiseSchedule
+from raydistill.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a batch is conditioned on: named tensors, batch first.
+
+    `text` [B, L, D]; SDXL adds `pooled` [B, P] and `time_ids` [B, 6]; class-conditional networks use `label` [B].
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
+
+    def select(self, index: slice | Tensor) -> Cond:
+        return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Cond:
+        return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Cond]) -> Cond:
+        """Join batches. Raises ConfigError where they are not conditioned on the same things."""
+        names = set(parts[0].tensors)
+        for part in parts[1:]:
+            if set(part.tensors) != names:
+                raise ConfigError(
+                    f"conditions {sorted(part.tensors)} can't join a batch of {sorted(names)}: "
+                    "the shards were made for another teacher (data.shards, teacher.path)"
+                )
+        return Cond({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Denoiser(nn.Module, ABC):
+    """Posterior mean of the clean sample, E[x0 | x_t].
+
+    x_t is [B, C, H, W] float32, t is [B] in the schedule's own units, the answer has x_t's shape and dtype. Casts to
+    the network's own precision happen inside.
+    """
+
+    schedule: NoiseSchedule
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x0 [B, C, H, W]."""
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Bottleneck features [B, D, h, w], computed without the decoder half."""
+        raise ConfigError(
+            f"{type(self).__name__} has no bottleneck features, which a GAN head needs: "
+            "set method.gan_weight_generator=0 and method.gan_weight_critic=0, or use a UNet"
+        )
+
+    @property
+    def feature_channels(self) -> int:
+        """D of `features`. Raises ConfigError where the network has none."""
+        raise ConfigError(f"{type(self).__name__} has no bottleneck features (needed by a GAN head)")
+
+
+def denoise_guided(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, null_cond: Cond | None, guidance_scale: float
+) -> Tensor:
+    """x0 = uncond + scale (cond - uncond), both halves in one batch; scale 1 asks the conditional half only.
+
+    Raises ConfigError when guidance is asked of a network that has no null condition.
+    """
+    if guidance_scale == 1.0:
+        return denoiser(x_t, t, cond)
+    if null_cond is None:
+        raise ConfigError(
+            f"teacher.guidance_scale is {guidance_scale}, but this teacher has no null condition: only 1 is possible"
+        )
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, null_cond]))
+    x0_cond, x0_uncond = both.chunk(2)
+    return guide(x0_cond, x0_uncond, guidance_scale)
+
+
+@contextmanager
+def frozen_weights(module: nn.Module) -> Iterator[None]:
+    """Gradients flow through the module to its input, none are computed for its weights."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def state_for_saving(module: nn.Module) -> dict[str, Any]:
+    """Weights as contiguous tensors, ready for safetensors."""
+    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,327 @@
+"""The one door to diffusers and transformers: SD-family pipelines in, `TextToImage` out, and back to a folder.
+
+A pipeline folder (or hub id) holds a UNet2DConditionModel, an AutoencoderKL, one CLIP text encoder (SD) or two (SDXL)
+with their tokenizers, and a scheduler whose configuration states the noise schedule and the prediction type.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.diffusion.parametrization import Prediction, to_x0
+from raydistill.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
+from raydistill.errors import ConfigError
+from raydistill.models.denoiser import DTYPES, Cond, Denoiser
+from raydistill.torchvision_ops import ensure_torchvision_importable
+
+ensure_torchvision_importable()
+
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+
+diffusers.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class UNetDenoiser(Denoiser):
+    """A diffusers UNet as an x0 denoiser, whatever it predicts."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: NoiseSchedule, prediction: Prediction, dtype: str = "fp32"
+    ):
+        """dtype: what the network computes in; fp32 weights then run under autocast."""
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction: Prediction = prediction
+        self.dtype = dtype
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with self._precision(x_t):
+            output = self.unet(
+                x_t.to(self.unet.dtype),
+                t,
+                encoder_hidden_states=cond.tensors["text"].to(self.unet.dtype),
+                added_cond_kwargs=self._added(cond),
+                return_dict=False,
+            )[0]
+        return to_x0(output.to(x_t.dtype), x_t, t, self.schedule, self.prediction)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        unet = self.unet
+        with self._precision(x_t):
+            sample = x_t.to(unet.dtype)
+            text = cond.tensors["text"].to(unet.dtype)
+            added = self._added(cond)
+            emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
+            extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
+            if extra is not None:
+                emb = emb + extra
+            text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+            sample = unet.conv_in(sample)
+            for block in (*unet.down_blocks, unet.mid_block):
+                if getattr(block, "has_cross_attention", False):
+                    sample = block(sample, emb, encoder_hidden_states=text)
+                else:
+                    sample = block(sample, emb)
+                if block is not unet.mid_block:
+                    sample = sample[0]
+        return sample
+
+    @property
+    def feature_channels(self) -> int:
+        return int(self.unet.config.block_out_channels[-1])
+
+    def _added(self, cond: Cond) -> dict[str, Tensor] | None:
+        if self.unet.config.addition_embed_type != "text_time":
+            return None
+        return {
+            "text_embeds": cond.tensors["pooled"].to(self.unet.dtype),
+            "time_ids": cond.tensors["time_ids"].to(self.unet.dtype),
+        }
+
+    def _precision(self, x: Tensor) -> torch.autocast:
+        wanted = DTYPES[self.dtype]
+        return torch.autocast(x.device.type, dtype=wanted, enabled=wanted != self.unet.dtype)
+
+
+class TextToImage:
+    """A loaded text-to-image pipeline: denoiser, image codec, text encoder(s), null condition, fingerprint."""
+
+    def __init__(
+        self,
+        denoiser: UNetDenoiser,
+        vae: AutoencoderKL,
+        tokenizers: Sequence[Any],
+        text_encoders: Sequence[nn.Module],
+        *,
+        scheduler_config: dict[str, Any],
+        fingerprint: str,
+        source: str,
+        zero_null_prompt: bool,
+    ):
+        self.denoiser = denoiser
+        self.vae = vae
+        self.tokenizers = list(tokenizers)
+        self.text_encoders = list(text_encoders)
+        self.scheduler_config = scheduler_config
+        self.fingerprint = fingerprint
+        """sha256 over the weights of the UNet, the codec and the text encoders."""
+        self.source = source
+        self._zero_null_prompt = zero_null_prompt
+        self._null: dict[str, Tensor] | None = None
+        size = denoiser.unet.config.sample_size
+        self.latent_shape: tuple[int, int, int] = (denoiser.unet.config.in_channels, size, size)
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the square images in pixels."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w] (the posterior's mode)."""
+        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], not clamped."""
+        z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Cond:
+        """Captions -> `text` [B, L, D]; with SDXL's two encoders also `pooled` [B, P] and `time_ids` [B, 6]."""
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = tokenizer(
+                list(captions),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(next(encoder.parameters()).device)
+            if len(self.text_encoders) == 1:
+                return Cond({"text": encoder(ids)[0].float()})
+            output = encoder(ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].float())  # SDXL reads the last but one layer of both
+            pooled = output[0].float()
+        assert pooled is not None
+        return Cond({"text": torch.cat(hidden, dim=-1), "pooled": pooled, "time_ids": self._time_ids(len(captions))})
+
+    def null_cond(self, batch_size: int) -> Cond:
+        """The unconditional half of guidance: the empty prompt (SD), zeros with the usual time ids (SDXL)."""
+        if self._null is None:
+            null = dict(self.encode_text([""]).tensors)
+            if self._zero_null_prompt:
+                null |= {name: torch.zeros_like(null[name]) for name in ("text", "pooled") if name in null}
+            self._null = null
+        return Cond({name: row.expand(batch_size, *row.shape[1:]) for name, row in self._null.items()})
+
+    def copy_denoiser(self, dtype: str) -> UNetDenoiser:
+        """A trainable copy with fp32 weights of its own."""
+        clone = UNetDenoiser(
+            copy.deepcopy(self.denoiser.unet).float(), self.denoiser.schedule, self.denoiser.prediction, dtype
+        )
+        return clone.requires_grad_(True)
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        for module in (self.denoiser, self.vae, *self.text_encoders):
+            module.to(device)
+        self._null = None
+        return self
+
+    def _time_ids(self, batch_size: int) -> Tensor:
+        size = float(self.image_size)
+        device = next(self.denoiser.parameters()).device
+        return torch.tensor([[size, size, 0.0, 0.0, size, size]], device=device).expand(batch_size, 6)
+
+
+def load_pipeline(
+    path: str, *, dtype: str = "fp32", prediction: str = "auto", revision: str | None = None
+) -> TextToImage:
+    """Load an SD- or SDXL-shaped pipeline from a folder or a hub id, frozen and in evaluation mode.
+
+    dtype: of the UNet's weights. prediction: "auto" reads the scheduler's configuration.
+
+    Raises ConfigError naming `teacher.path` for a folder that is no such pipeline or lacks a part, and
+    `teacher.prediction` for a prediction type that is not known.
+    """
+    folder = _local_folder(path, revision)
+    index = _read_json(folder / "model_index.json", path)
+    for part in ("unet", "vae", "scheduler", "tokenizer", "text_encoder"):
+        if part not in index or not (folder / part).is_dir():
+            raise ConfigError(f"teacher.path={path!r} has no {part}/ folder; needed: unet, vae, scheduler, tokenizer, text_encoder")
+    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
+    if prediction != "auto":
+        scheduler_config = scheduler_config | {"prediction_type": prediction}
+    schedule, predicted = schedule_from_diffusers(scheduler_config)
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=DTYPES[dtype], use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    encoders: list[nn.Module] = []
+    tokenizers = []
+    for number in ("", "_2"):
+        if (folder / f"text_encoder{number}").is_dir():
+            encoder_class = getattr(transformers, index[f"text_encoder{number}"][1])
+            encoders.append(
+                encoder_class.from_pretrained(folder / f"text_encoder{number}", dtype=torch.float32, use_safetensors=True)
+            )
+            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
+    for module in (unet, vae, *encoders):
+        module.eval().requires_grad_(False)
+    return TextToImage(
+        UNetDenoiser(unet, schedule, predicted, dtype),
+        vae,
+        tokenizers,
+        encoders,
+        scheduler_config=scheduler_config,
+        fingerprint=_fingerprint([unet, vae, *encoders]),
+        source=str(path),
+        zero_null_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def export_pipeline(
+    teacher_path: str, weights: dict[str, Tensor], out: Path, *, timesteps: Sequence[int], revision: str | None = None
+) -> Path:
+    """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
+
+    The teacher's folder with the UNet's weights replaced and, as scheduler, an LCMScheduler: its step is the
+    generator's own (x0, then re-noise to the next time), its boundary scalings are made the identity by
+    `timestep_scaling` and its grid by `original_inference_steps`.
+
+    weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained.
+
+    Raises ConfigError if the scheduler can't reproduce `timesteps`.
+    """
+    folder = _local_folder(teacher_path, revision)
+    if out.exists():
+        shutil.rmtree(out)
+    ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
+    shutil.copytree(folder, out, ignore=ignored)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
+    unet.save_pretrained(out / "unet", safe_serialization=True)
+
+    scheduler = few_step_scheduler(_read_json(folder / "scheduler" / "scheduler_config.json", teacher_path), timesteps)
+    scheduler.save_pretrained(out / "scheduler")
+    index = _read_json(out / "model_index.json", teacher_path)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return out
+
+
+def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[int]) -> Any:
+    """An LCMScheduler that visits exactly `timesteps` when asked for `len(timesteps)` steps.
+
+    Raises ConfigError if it can't.
+    """
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    config = {name: teacher_config[name] for name in kept if name in teacher_config}
+    total = config.get("num_train_timesteps", 1000)
+    # c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2) with s = scaling * t: as scaling grows they tend to 0 and 1
+    config |= {"timestep_scaling": 1e9, "set_alpha_to_one": True, "clip_sample": False}
+    wanted = list(timesteps)
+    for steps in (total, len(wanted)):
+        scheduler = diffusers.LCMScheduler(**config, original_inference_steps=steps)
+        try:
+            scheduler.set_timesteps(len(wanted))
+        except ValueError:
+            continue
+        if scheduler.timesteps.tolist() == wanted:
+            return scheduler
+    raise ConfigError(
+        f"no diffusers scheduler visits the timesteps {wanted} in {len(wanted)} steps (generator.timesteps); "
+        f"evenly spaced ones from {total - 1} down can be exported"
+    )
+
+
+def _local_folder(path: str, revision: str | None) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError(f"teacher.path={path!r} is not a folder (nor a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"teacher.path={path!r} is not a local folder and the hub could not serve it: {type(error).__name__}"
+        ) from error
+
+
+def _read_json(file: Path, path: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"teacher.path={path!r} is no diffusers pipeline folder: {file.name} is missing in {file.parent.name}/")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"teacher.path={path!r}: {file.name} is not JSON ({error})") from error
+
+
+def _fingerprint(modules: Sequence[nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            raw = tensor.detach().cpu().contiguous()
+            digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""The critic's trainer: answers queries with the critic as it stands, and takes its optimiser steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydistill.checkpoint import pack_optimizer, unpack_optimizer
+from raydistill.methods.method import Losses, Query
+from raydistill.models.critic import Critic
+from raydistill.models.denoiser import frozen_weights, state_for_saving
+from raydistill.roles.optimizer import OptimizerConfig, RoleOptimizer, mean_scalars
+from raydistill.roles.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(OptimizerConfig):
+    """Optimiser of the critic and its GAN head."""
+
+
+class CriticTrainer:
+    """Owns the critic, its head and their optimiser."""
+
+    def __init__(self, critic: Critic, config: CriticConfig, world: World):
+        self.critic = critic.train()
+        self.optimizer = RoleOptimizer("critic", critic, config, world)
+        self._scalars: list[dict[str, Tensor]] = []
+
+    def answer(self, query: Query) -> Tensor:
+        """x0 [B, C, H, W] or logit [B]; gradients reach `query.x_t` if it wants one, never the critic's weights."""
+        with torch.set_grad_enabled(query.x_t.requires_grad), frozen_weights(self.critic):
+            ask = self.critic if query.want == "x0" else self.critic.logits
+            return ask(query.x_t, query.t, query.cond)
+
+    def backward(self, losses: Losses, num_micro_batches: int) -> None:
+        """Accumulate one micro-batch's gradient."""
+        (losses.total() / num_micro_batches).backward()
+        total = {"loss/critic_total": losses.total()}
+        self._scalars.append({f"loss/{name}": term for name, term in losses.terms.items()} | total | losses.scalars)
+
+    def step(self, *, gan_stage: bool) -> dict[str, float]:
+        """One optimiser step on what was accumulated; raises TrainingError if it is not finite."""
+        scalars = mean_scalars(self._scalars)
+        self._scalars = []
+        return self.optimizer.step(scalars, gan_stage=gan_stage)
+
+    def save(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, JSON state) of a snapshot's part."""
+        tensors, state = pack_optimizer(self.optimizer.optimizer)
+        weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.critic).items()}
+        weights |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+        counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
+        return weights, {"optimizer": state, **counters}
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        self.critic.load_state_dict(strip(tensors, "weights/"))
+        unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
+        self.optimizer.steps = state["steps"]
+        self.optimizer.clipped_steps = state["clipped_steps"]
+
+
+def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,87 @@
+"""The generator's trainer: samples, takes gradients at the samples, steps, keeps the EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydistill.checkpoint import pack_optimizer, unpack_optimizer
+from raydistill.diffusion.ema import EMA
+from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
+from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
+from raydistill.roles.critic import strip
+from raydistill.roles.optimizer import OptimizerConfig, RoleOptimizer, mean_scalars
+from raydistill.roles.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(OptimizerConfig):
+    """Optimiser and EMA of the generator."""
+
+    ema_halflife_images: float = 0.0
+    """Half-life of the weights' EMA in generated images; 0 keeps none (DMD2's official code has none)."""
+
+
+class GeneratorTrainer:
+    """Owns the generator, its optimiser and its EMA."""
+
+    def __init__(self, denoiser: Denoiser, config: GeneratorConfig, world: World):
+        self.denoiser = denoiser.train()
+        self.optimizer = RoleOptimizer("generator", denoiser, config, world)
+        self.ema = EMA(denoiser, config.ema_halflife_images) if config.ema_halflife_images > 0 else None
+        self._scalars: list[dict[str, Tensor]] = []
+
+    def sample(
+        self, method: Method, cond: Cond, shape: Sequence[int], real: RealBatch | None, draws: PhaseDraws, grad: bool
+    ) -> Tensor:
+        """Generated samples x [B, *shape], with their graph if `grad`."""
+        x_in, t_in = method.generator_input(self.denoiser, cond, shape, real, draws)
+        with torch.set_grad_enabled(grad):
+            return self.denoiser(x_in, t_in, cond)
+
+    def backward(self, x: Tensor, leaf: Tensor, losses: Losses, num_micro_batches: int) -> None:
+        """Accumulate one micro-batch's gradient, term by term at the samples and once through the generator.
+
+        x: samples with their graph; leaf: the same values, on which the losses were computed.
+        """
+        field = torch.zeros_like(leaf)
+        norms = {}
+        for name, term in losses.terms.items():
+            (gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
+            norms[f"grad_norm/{name}"] = gradient.norm()
+            field += gradient
+        x.backward(field / num_micro_batches)
+        total = {"loss/generator_total": losses.total()}
+        self._scalars.append(
+            {f"loss/{name}": term for name, term in losses.terms.items()} | total | norms | losses.scalars
+        )
+
+    def step(self, images: int, *, gan_stage: bool) -> dict[str, float]:
+        """One optimiser step; images: samples of the global batch, by which the EMA is counted."""
+        scalars = mean_scalars(self._scalars)
+        self._scalars = []
+        values = self.optimizer.step(scalars, gan_stage=gan_stage)
+        if self.ema is not None:
+            self.ema.update(images)
+        return values
+
+    def save(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, JSON state) of a snapshot's part."""
+        tensors, state = pack_optimizer(self.optimizer.optimizer)
+        weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.denoiser).items()}
+        weights |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+        if self.ema is not None:
+            weights |= {f"ema/{name}": tensor for name, tensor in self.ema.weights().items()}
+        counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
+        return weights, {"optimizer": state, **counters}
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        self.denoiser.load_state_dict(strip(tensors, "weights/"))
+        unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
+        self.optimizer.steps = state["steps"]
+        self.optimizer.clipped_steps = state["clipped_steps"]
+        if self.ema is not None:
+            self.ema.load(strip(tensors, "ema/"))

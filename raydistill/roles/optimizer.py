@@ -1,0 +1,110 @@
+"""One role's optimiser step: average gradients, check, clip, step, with one host synchronisation for all scalars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raydistill.errors import ConfigError, TrainingError
+from raydistill.roles.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as all published DMD2 configurations have it (methods.md 1.6)."""
+
+    lr: float = 1e-5
+    """Learning rate after warm-up (SD1.5 stage 1: 1e-5; SDXL: 5e-7)."""
+    lr_gan_stage: float | None = None
+    """Learning rate from method.gan_start_update on (SD1.5 stage 2: 5e-7); none keeps lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moments."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    warmup_steps: int = 500
+    """Optimiser steps of this role over which the learning rate rises linearly."""
+    clip_norm: float = 10.0
+    """Largest gradient norm; larger gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"lr and clip_norm must be positive, {name} is {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps={self.warmup_steps} must not be negative")
+
+
+class RoleOptimizer:
+    """AdamW over one role's weights; gradients are accumulated by the caller and consumed by `step`."""
+
+    def __init__(self, role: str, module: nn.Module, config: OptimizerConfig, world: World):
+        self.role = role
+        self.config = config
+        self.world = world
+        self.steps = 0
+        self.clipped_steps = 0
+        self._weights = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self._weights,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=all(p.is_floating_point() for p in self._weights),
+        )
+
+    def lr(self, gan_stage: bool) -> float:
+        base = self.config.lr_gan_stage if gan_stage and self.config.lr_gan_stage is not None else self.config.lr
+        if not self.config.warmup_steps:
+            return base
+        return base * min(1.0, (self.steps + 1) / self.config.warmup_steps)
+
+    def step(self, scalars: dict[str, Tensor], *, gan_stage: bool) -> dict[str, float]:
+        """Take one optimiser step and return the scalars, averaged over the ranks, with the gradient norm.
+
+        Raises TrainingError, before anything moved, if a scalar or the gradient is not finite.
+        """
+        weights = [p for p in self._weights if p.grad is not None]
+        gradients = [p.grad for p in weights if p.grad is not None]
+        self.world.mean_(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        names = [*scalars, f"grad_norm/{self.role}"]
+        packed = torch.stack([value.detach().float() for value in (*scalars.values(), norm)])
+        self.world.mean_([packed])
+        values = dict(zip(names, packed.tolist(), strict=True))  # the step's one host synchronisation
+        self._require_finite(values)
+        if values[names[-1]] > self.config.clip_norm:
+            self.clipped_steps += 1
+            torch.nn.utils.clip_grads_with_norm_(weights, self.config.clip_norm, norm)
+        lr = self.lr(gan_stage)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return values | {f"lr/{self.role}": lr, f"clipped_steps/{self.role}": float(self.clipped_steps)}
+
+    def _require_finite(self, values: dict[str, float]) -> None:
+        bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"{self.role} step {self.steps} stopped before the weights moved: non-finite {', '.join(bad)} "
+                f"(lower {self.role}.lr, now {self.config.lr}, or use train.dtype=fp32)"
+            )
+
+
+def mean_scalars(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average named scalars over micro-batches; `sample/absmax` stays a maximum."""
+    rows = list(parts)
+    merged = {}
+    for name in rows[0]:
+        stacked = torch.stack([row[name].detach().float() for row in rows])
+        merged[name] = stacked.amax() if name == "sample/absmax" else stacked.mean()
+    return merged

@@ -1,0 +1,79 @@
+"""The one list of metric names. Code, dashboards and comparisons take them from here."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+
+METRICS: dict[str, str] = {
+    # losses, each the mean over the batch of one optimiser update
+    "loss/dm": "generator: distribution-matching surrogate; its gradient is the normalised score difference",
+    "loss/gan_generator": "generator: non-saturating GAN loss on generated samples",
+    "loss/generator_total": "generator: weighted sum that is differentiated",
+    "loss/dsm": "critic: denoising score matching on generated samples",
+    "loss/gan_critic": "critic: GAN classification loss on real and generated samples",
+    "loss/critic_total": "critic: weighted sum that is differentiated",
+    # gradient norms (L2), before clipping
+    "grad_norm/dm": "gradient of the distribution-matching term at the generated sample",
+    "grad_norm/gan": "gradient of the GAN term at the generated sample",
+    "grad_norm/generator": "whole gradient of the generator's weights",
+    "grad_norm/critic": "whole gradient of the critic's weights",
+    # is the critic keeping up?
+    "critic/real_accuracy": "share of real samples that the GAN head takes for real",
+    "critic/fake_accuracy": "share of generated samples that the GAN head takes for generated",
+    "critic/lag": "teacher-critic disagreement: mean |x0_teacher - x0_critic| on noised generated samples",
+    "critic/lag_*": "the same in one bucket of noise levels",
+    # generated samples, in the space the generator works in
+    "sample/mean": "mean of the generated samples; a drift is a brightness drift",
+    "sample/std": "standard deviation of the generated samples; a rise is over-saturation, a fall collapse",
+    "sample/absmax": "largest absolute value in the generated samples",
+    # optimiser
+    "lr/generator": "learning rate of the generator",
+    "lr/critic": "learning rate of the critic",
+    # counters: the x-axis of every comparison is one of them
+    "generator_updates": "optimiser steps of the generator",
+    "critic_updates": "optimiser steps of the critic",
+    "images": "samples generated for training",
+    # cost
+    "time/update_s": "seconds for one generator update with its critic updates",
+    "time/data_s": "seconds of it spent waiting for data",
+    "throughput/images_per_s": "training samples per second, all ranks together",
+    "memory/peak_gib": "peak memory of this rank in GiB since the last point",
+    # preflight: the teacher denoises real training samples before step 1
+    "preflight/error_*": "relative error of the teacher's x0 at one noise level",
+    # evaluation, at the step of the evaluated snapshot; N is part of the name
+    "eval/toyfid_*": "generator: Frechet distance in SceneNet features, over N samples",
+    "eval/teacher_toyfid_*": "teacher: the same protocol with its own sampler",
+    "eval/prompt_accuracy_*": "generator: share of N samples that show every object their caption names",
+    "eval/teacher_prompt_accuracy_*": "teacher: the same",
+    "eval/lag_updates": "generator updates made between the snapshot and its result",
+    "eval/seconds": "seconds one evaluation took",
+    "eval/skipped": "snapshots passed over because a newer one was waiting",
+    # data
+    "data/accepted": "training samples read",
+    "data/rejected": "training samples refused, all reasons together",
+    "data/rejected/*": "training samples refused for one reason",
+    # snapshots
+    "snapshot/seconds": "seconds to write one snapshot",
+    "snapshot/bytes": "size of one snapshot",
+    # the tracker itself
+    "tracking/dropped_points": "metric values lost because the journal was full while MLflow did not answer",
+}
+
+_ALLOWED = re.compile(r"[\w./:-]+")  # what MLflow takes
+_known: set[str] = set()
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest valid name, if a name is not in METRICS (patterns by fnmatch)."""
+    for name in names:
+        if name in _known:
+            continue
+        if not _ALLOWED.fullmatch(name) or not any(fnmatch.fnmatchcase(name, pattern) for pattern in METRICS):
+            near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)
+            raise ValueError(
+                f"metric {name!r} is not in raydistill.tracking.METRICS; the nearest name is {near[0]!r}. "
+                "Names are "
+                "added there first, with what they mean"
+            )
+        _known.add(name)
