@@ -1,9 +1,10 @@
-"""Train SceneNet, the detector behind toyfid and prompt accuracy, on freshly drawn scenes (about three minutes on two cores).
+"""Train SceneNet, the detector behind toyfid and prompt accuracy, (about four minutes on two cores).
 
     python jobs/train_scene_net.py --out raydistill/assets/scene_net
 
-Besides noise and blur, so that decoded latents do not confuse it, the net sees wrecked scenes (shuffled patches, two
-scenes blended, noise) labelled "nothing here": a generator must not score by painting something in the right colour.
+Besides noise and blur, so that decoded latents do not confuse it, the net sees wrecked scenes (shuffled
+patches, two scenes blended, noise) labelled "nothing here": a generator must not score by painting something
+in the right colour.
 """
 
 import argparse
@@ -19,21 +20,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from raydistill.data.scenes import BACKGROUNDS, SCENES_VERSION, SIZES, Scene, draw, scene
-from raydistill.eval.features import COLOURS, IMAGE_SIZE, NUM_FEATURES, SHAPES, SceneNet, load_scene_net, scene_net_sha256
+from raydistill.eval.features import (
+    COLOURS,
+    IMAGE_SIZE,
+    NUM_FEATURES,
+    SHAPES,
+    SceneNet,
+    load_scene_net,
+    scene_net_sha256,
+)
 
 NUM_PAIRS = len(COLOURS) * len(SHAPES)
 NUM_HINTS = len(SIZES) + len(BACKGROUNDS) + 9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("raydistill/assets/scene_net"), help="folder to write the net to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("raydistill/assets/scene_net"), help="folder to write the net to"
+    )
     parser.add_argument("--num-train", type=int, default=24000, help="scenes of the train split to draw")
     parser.add_argument("--steps", type=int, default=2200, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=128, help="scenes per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, decayed along a cosine")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="peak learning rate of AdamW, decayed along a cosine"
+    )
     parser.add_argument("--width", type=int, default=24, help="channels of the first layer")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the augmentation (scenes have seed 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights and the augmentation (scenes have seed 0)"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -53,16 +70,24 @@ def main() -> None:
     state = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in net.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, str(args.out / "scene_net.safetensors"))
     about = {"width": args.width, "colours": COLOURS, "shapes": SHAPES, "scenes_version": SCENES_VERSION}
-    about |= {"sha256": scene_net_sha256(args.out), "steps": args.steps, "num_train": args.num_train, "seed": args.seed}
+    about |= {
+        "sha256": scene_net_sha256(args.out),
+        "steps": args.steps,
+        "num_train": args.num_train,
+        "seed": args.seed,
+    }
     (args.out / "scene_net.json").write_text(json.dumps(about, indent=1) + "\n")
     figures = evaluate(load_scene_net(args.out), val_images, val_pairs)
-    figures |= {"parameters": sum(p.numel() for p in net.parameters()), "wall_s": round(time.time() - started, 1)}
+    figures |= {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "wall_s": round(time.time() - started, 1),
+    }
     (args.out / "scene_net.json").write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 
 def load_split(split: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(images uint8 [N, 3, 32, 32], presence [N, pairs], hints [N, NUM_HINTS]) of the first scenes of a split."""
+    """(images uint8 [N, 3, 32, 32], presence [N, pairs], hints [N, NUM_HINTS]) of a split's first scenes."""
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     pairs, hints = torch.zeros(count, NUM_PAIRS), torch.zeros(count, NUM_HINTS)
     for index in tqdm(range(count), desc=f"drawing {split}", unit="img"):
@@ -75,7 +100,7 @@ def load_split(split: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def layout_hints(content: Scene) -> Tensor:
-    """What the pooled features shall know besides the objects: sizes, background, which ninth of the image is covered."""
+    """What the pooled features shall know besides objects: sizes, background, which ninth is covered."""
     hints = torch.zeros(NUM_HINTS)
     for thing in content.objects:
         hints[list(SIZES).index(thing.size)] = 1
@@ -88,7 +113,7 @@ def layout_hints(content: Scene) -> Tensor:
 def train(
     net: SceneNet, images: Tensor, pairs: Tensor, hints: Tensor, steps: int, batch_size: int, peak_lr: float
 ) -> None:
-    """Presence from the maps, presence and layout from the pooled features through a head that is thrown away."""
+    """Presence from the maps, presence and layout from the pooled features through a head not kept."""
     head = nn.Linear(NUM_FEATURES, NUM_PAIRS + NUM_HINTS)
     optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=peak_lr, weight_decay=1e-3)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps, pct_start=0.1)
@@ -138,7 +163,9 @@ def wreck(images: Tensor) -> tuple[Tensor, Tensor]:
             colours = F.interpolate(torch.randn(1, 3, cells, cells) * 0.6, IMAGE_SIZE, mode="bilinear")
             images[index] = colours[0].clamp(-1, 1)
         else:
-            images[index] = images[index].mean(dim=(1, 2), keepdim=True) + 0.3 * torch.randn(3, IMAGE_SIZE, IMAGE_SIZE)
+            images[index] = images[index].mean(dim=(1, 2), keepdim=True) + 0.3 * torch.randn(
+                3, IMAGE_SIZE, IMAGE_SIZE
+            )
     return images, (kind >= 0.1).float()
 
 

@@ -1,15 +1,17 @@
-"""Train the embedded teacher: a small Stable-Diffusion-shaped pipeline on the drawn scenes (under an hour on two cores).
+"""Train the embedded teacher, a small Stable-Diffusion-shaped pipeline (half an hour on two cores).
 
     python jobs/train_teacher.py --work runs/teacher --out raydistill/assets/scenes_teacher
 
-Phases: scenes, autoencoder, latents, text encoder and UNet together, figures. Each phase leaves its result in `--work`,
-and a call with the same folder goes on where the last one stopped. The teacher is a folder as diffusers writes it, so
-that the code that loads Stable Diffusion loads it too; `figures.json` beside it holds what this command printed.
+Phases: scenes, autoencoder, latents, text encoder and UNet together, figures. Each phase leaves its result in
+`--work`, and a call with the same folder goes on where the last one stopped. The teacher is a folder as
+diffusers writes it, so that the code that loads Stable Diffusion loads it too; `figures.json` beside it holds
+what this command printed.
 """
 
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -53,7 +55,11 @@ def main() -> None:
     latents = encode(vae, train_images)
     tokenizer = make_tokenizer(train_captions, args.work / "tokenizer")
     text_encoder, unet = make_networks(len(tokenizer), args.seed)
-    print("parameters:", {n: count(m) for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))}, flush=True)
+    print(
+        "parameters:",
+        {n: count(m) for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))},
+        flush=True,
+    )
     nets = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     judge = Judge(val_images, val_captions, args.seed)
 
@@ -72,22 +78,42 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/teacher"), help="folder for intermediate results")
-    parser.add_argument("--out", type=Path, default=Path("raydistill/assets/scenes_teacher"), help="where the pipeline goes")
-    parser.add_argument("--num-train", type=int, default=32000, help="train scenes; the data set's 8000 are the first of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/teacher"), help="folder for intermediate results"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("raydistill/assets/scenes_teacher"), help="where the pipeline goes"
+    )
+    parser.add_argument(
+        "--num-train", type=int, default=32000, help="train scenes; the data set's 8000 are the first of them"
+    )
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of the autoencoder")
     parser.add_argument("--vae-lr", type=float, default=2e-3, help="peak learning rate of the autoencoder")
-    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the mean KL of a latent element")
+    parser.add_argument(
+        "--kl-weight", type=float, default=1e-4, help="weight of the mean KL of a latent element"
+    )
     parser.add_argument("--steps", type=int, default=15000, help="optimiser steps of UNet and text encoder")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
-    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate of UNet and text encoder")
+    parser.add_argument(
+        "--lr", type=float, default=1.2e-3, help="peak learning rate of UNet and text encoder"
+    )
     parser.add_argument("--ema-decay", type=float, default=0.999, help="per step; ramped up at the start")
-    parser.add_argument("--caption-dropout", type=float, default=0.1, help="share of captions replaced by the empty string")
-    parser.add_argument("--check-every", type=int, default=1500, help="steps between snapshots, each judged on 256 captions")
-    parser.add_argument("--eval-samples", type=int, default=2000, help="samples per guidance scale for the figures")
+    parser.add_argument(
+        "--caption-dropout", type=float, default=0.1, help="share of captions replaced by the empty string"
+    )
+    parser.add_argument(
+        "--check-every", type=int, default=1500, help="steps between snapshots, each judged on 256 captions"
+    )
+    parser.add_argument(
+        "--eval-samples", type=int, default=2000, help="samples per guidance scale for the figures"
+    )
     parser.add_argument("--ddim-steps", type=int, default=25, help="sampling steps for the figures")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0], help="guidance scales to measure")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0], help="guidance scales to measure"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the batches and the noise")
     return parser.parse_args()
@@ -119,7 +145,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def train_autoencoder(args: argparse.Namespace, images: Tensor, val_images: Tensor) -> AutoencoderKL:
-    """The trained VAE; its scaling factor gives the latents a standard deviation of one, as in Stable Diffusion."""
+    """The trained VAE; its scaling factor gives the latents a standard deviation of one, as in SD."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -133,7 +159,9 @@ def train_autoencoder(args: argparse.Namespace, images: Tensor, val_images: Tens
     file, about = args.work / "vae.safetensors", args.work / "vae.json"
     if not about.exists():
         optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, weight_decay=1e-4, betas=(0.9, 0.99))
-        plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.vae_lr, total_steps=args.vae_steps, pct_start=0.05)
+        plan = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.vae_lr, total_steps=args.vae_steps, pct_start=0.05
+        )
         bar = tqdm(range(args.vae_steps), desc="autoencoder", unit="step")
         for step in bar:
             x = to_floats(images[torch.randint(len(images), (64,))])
@@ -155,7 +183,12 @@ def train_autoencoder(args: argparse.Namespace, images: Tensor, val_images: Tens
         vae.register_to_config(scaling_factor=1.0)
         spread = encode(vae.eval(), images[:4000])
         about.write_text(json.dumps({"scaling_factor": float(1 / spread.std())}))
-        print("latent mean per channel", spread.mean(dim=(0, 2, 3)).tolist(), "std", spread.std(dim=(0, 2, 3)).tolist())
+        print(
+            "latent mean per channel",
+            spread.mean(dim=(0, 2, 3)).tolist(),
+            "std",
+            spread.std(dim=(0, 2, 3)).tolist(),
+        )
     vae.load_state_dict(load_file(str(file)))
     vae.register_to_config(scaling_factor=json.loads(about.read_text())["scaling_factor"])
     vae.eval().requires_grad_(False)
@@ -173,7 +206,9 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images uint8 [N, 3, 32, 32] of scaled latents."""
-    return torch.cat([to_bytes(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(128)])
+    return torch.cat(
+        [to_bytes(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(128)]
+    )
 
 
 @torch.no_grad()
@@ -201,7 +236,11 @@ def make_tokenizer(captions: list[list[str]], folder: Path) -> CLIPTokenizer:
     # Letters that no word has still need a token, so that any lower-case prompt can be read.
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4000,
+        min_frequency=1,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator([" ".join(words + letters)], trainer)
     state = json.loads(bpe.to_str())["model"]
@@ -229,7 +268,9 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
 def tokenise(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
     """Token ids [N, captions, 20]."""
     flat = [caption for five in captions for caption in five]
-    ids = tokenizer(flat, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        flat, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
     return ids.view(len(captions), -1, NUM_TOKENS)
 
 
@@ -296,9 +337,11 @@ def assemble(
 
 
 def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.ModuleDict:
-    """The averaged weights after training with the eps loss under min-SNR-5 weights (arXiv:2303.09556, eq. 5)."""
+    """The averaged weights after training on the eps loss with min-SNR-5 weights (arXiv:2303.09556, eq. 5)."""
     averaged = copy.deepcopy(nets).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(nets.parameters(), lr=args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        nets.parameters(), lr=args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
+    )
     alpha_bar = make_scheduler().alphas_cumprod
     snr = alpha_bar / (1 - alpha_bar)
     loss_weights = snr.clamp(max=5) / snr
@@ -311,7 +354,9 @@ def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.Mo
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     nets.train()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="teacher", unit="step", mininterval=5)
+    bar = tqdm(
+        range(first, args.steps), initial=first, total=args.steps, desc="teacher", unit="step", mininterval=5
+    )
     smooth_loss = None
     for step in bar:
         draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -321,7 +366,11 @@ def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.Mo
         dropped = torch.rand(args.batch_size, generator=draw) < args.caption_dropout
         tokens = torch.where(dropped[:, None], empty, tokens)
         # Stratified over the batch: the loss varies far more with t than with the image.
-        t = ((torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=draw)) * 1000 / args.batch_size).long()
+        t = (
+            (torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=draw))
+            * 1000
+            / args.batch_size
+        ).long()
         eps = torch.randn(x0.shape, generator=draw)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         text = nets["text_encoder"](tokens).last_hidden_state
@@ -374,7 +423,13 @@ class Judge:
 
     @torch.no_grad()
     def __call__(
-        self, pipeline: StableDiffusionPipeline, num: int, steps: int, guidance: float, grid: Path | None = None, spacing: str = "leading"
+        self,
+        pipeline: StableDiffusionPipeline,
+        num: int,
+        steps: int,
+        guidance: float,
+        grid: Path | None = None,
+        spacing: str = "leading",
     ) -> dict[str, float]:
         captions = self.captions[:num]
         text = self._embed(pipeline, captions)
@@ -417,7 +472,11 @@ class Judge:
 
 def named_objects(caption: str) -> list[tuple[int, int]]:
     words = caption.split()
-    return [(COLOURS.index(c), SHAPES.index(s)) for c, s in zip(words, words[1:], strict=False) if c in COLOURS and s in SHAPES]
+    return [
+        (COLOURS.index(c), SHAPES.index(s))
+        for c, s in itertools.pairwise(words)
+        if c in COLOURS and s in SHAPES
+    ]
 
 
 def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
@@ -427,21 +486,24 @@ def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> No
     image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
 
 
-def measure(args, pipeline: StableDiffusionPipeline, judge: Judge, val_images: Tensor, started: float) -> dict:
+def measure(
+    args, pipeline: StableDiffusionPipeline, judge: Judge, val_images: Tensor, started: float
+) -> dict:
     """All figures, with the hashes of the files that they belong to."""
     modules = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     figures: dict = {"parameters": {name: count(module) for name, module in modules.items()}}
-    figures["training"] = {
-        "images_drawn": args.num_train, "vae_steps": args.vae_steps, "steps": args.steps, "batch_size": args.batch_size,
-        "seed": args.seed, "scenes_version": SCENES_VERSION, "last_call_wall_s": round(time.time() - started),
-    }  # fmt: skip
+    figures["training"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    figures["scenes_version"] = SCENES_VERSION
+    figures["last_call_wall_s"] = round(time.time() - started)
     figures["autoencoder"] = reconstruction_figures(pipeline.vae, val_images)
     figures["samples"] = args.eval_samples
     figures["captions"] = "caption number i % 5 of image i of the val split"
     figures["reference"] = "2000 val images"
     for guidance in args.guidance:
         name = f"ddim_{args.ddim_steps}_guidance_{guidance:g}"
-        figures[name] = judge(pipeline, args.eval_samples, args.ddim_steps, guidance, grid=args.work / f"final_{name}.png")
+        figures[name] = judge(
+            pipeline, args.eval_samples, args.ddim_steps, guidance, grid=args.work / f"final_{name}.png"
+        )
         print(name, figures[name], flush=True)
     figures["one_step_guidance_1"] = judge(pipeline, args.eval_samples, 1, 1.0, spacing="trailing")
     with torch.no_grad():
@@ -449,7 +511,9 @@ def measure(args, pipeline: StableDiffusionPipeline, judge: Judge, val_images: T
     figures["toyfid_between_val_halves"] = round(frechet(first, second), 4)
     figures["scene_net_sha256"] = scene_net_sha256()
     weights = sorted(args.out.rglob("*.safetensors"))
-    figures["sha256"] = {str(f.relative_to(args.out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
+    figures["sha256"] = {
+        str(f.relative_to(args.out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in weights
+    }
     figures["bytes"] = sum(file.stat().st_size for file in weights)
     return figures
 

@@ -11,13 +11,14 @@ import difflib
 import enum
 import functools
 import inspect
+import itertools
 import json
 import os
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from raydistill.errors import ConfigError
 
@@ -33,14 +34,14 @@ _WORDS: dict[str, bool | None] = {
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     """A copy of `config` with `name=value` texts applied; the last of two for one name wins.
 
-    A value is read as JSON, as a Python literal, as a word (`none`, `true`, `off`, `inf`), as plain text, or as
-    a list without brackets (`999,749,499`): the first reading that the field's annotation accepts. All values
-    are set together, so a check in `__post_init__` sees the final combination only.
+    A value is read as JSON, as a Python literal, as a word (`none`, `true`, `off`, `inf`), as plain text, or
+    as a list without brackets (`999,749,499`): the first reading that the field's annotation accepts. All
+    values are set together, so a check in `__post_init__` sees the final combination only.
 
     Raises ConfigError for a text that is not `name=value`, an unknown name (with the nearest valid one) and a
     value that the annotation refuses.
     """
-    names = _names(config)
+    names = [name for name, _ in _leaves(config)]
     changes: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -63,9 +64,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(template: T | type[T], data: Mapping[str, Any]) -> T:
     """The inverse of `to_dict`.
 
-    `template` is an instance, which gives the class of every section and the value of each setting that `data`
-    lacks, or a dataclass, whose annotations and defaults do. Raises ConfigError for an unknown setting, a
-    refused value, or (with a class) a missing setting without default.
+    `template` is an instance, which gives the class of every section and the value of each setting that
+    `data` lacks, or a dataclass, whose annotations and defaults do. Raises ConfigError for an unknown
+    setting, a refused value, or (with a class) a missing setting without default.
     """
     return typing.cast(T, _from_dict(template, data, ""))
 
@@ -115,11 +116,6 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", value
 
 
-def _names(config: Any) -> list[str]:
-    return [name for name, _ in _leaves(config)]
-
-
-@functools.cache
 def _hints(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True)
 
@@ -177,7 +173,7 @@ def _parse(text: str, annotation: Any, name: str, current: Any) -> Any:
 
 def _readings(text: str) -> Iterator[Any]:
     """What `text` may mean, the most literal reading first."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (_read_json, ast.literal_eval):
         try:
             yield read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -187,14 +183,24 @@ def _readings(text: str) -> Iterator[Any]:
     if text.lower() in ("inf", "+inf", "-inf"):
         yield float(text)
     yield text
-    yield [_first_scalar(part.strip()) for part in text.split(",")] if text else []
+    yield [_json_or_text(part.strip()) for part in text.split(",")] if text else []
 
 
-def _first_scalar(text: str) -> Any:
+def _json_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
+        return _read_json(text)
     except ValueError:
         return text
+
+
+def _read_json(text: str) -> Any:
+    return json.loads(text, parse_constant=_infinity)
+
+
+def _infinity(constant: str) -> float:
+    if constant == "NaN":
+        raise ValueError("NaN is never a setting")
+    return float(constant)
 
 
 def _validate(value: Any, annotation: Any, name: str) -> Any:
@@ -203,10 +209,8 @@ def _validate(value: Any, annotation: Any, name: str) -> Any:
     Strict, so that no text turns into a number and 5.0 is no integer. The detour over JSON lets a list stand
     for a tuple and text for a path, which strict mode refuses for Python objects.
     """
-    from pydantic import PydanticUserError, TypeAdapter
+    from pydantic import PydanticUserError
 
-    if isinstance(value, float) and value != value:
-        return TypeAdapter(None).validate_python("nan is never a setting")
     try:
         return _adapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:
@@ -238,7 +242,10 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
 
 def _to_json(value: Any, name: str) -> Any:
     if _is_section(value):
-        return {field.name: _to_json(getattr(value, field.name), f"{name}.{field.name}") for field in _fields(value)}
+        return {
+            field.name: _to_json(getattr(value, field.name), f"{name}.{field.name}")
+            for field in _fields(value)
+        }
     if isinstance(value, enum.Enum):
         return _to_json(value.value, name)
     if value is None or isinstance(value, (str, int, float, bool)):
@@ -249,7 +256,9 @@ def _to_json(value: Any, name: str) -> Any:
         return [_to_json(item, name) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _to_json(item, f"{name}.{key}") for key, item in value.items()}
-    raise ConfigError(f"{name} is {value!r}, which has no form in JSON; settings are numbers, text, lists and mappings")
+    raise ConfigError(
+        f"{name} is {value!r}, which has no form in JSON; settings are numbers, text, lists and mappings"
+    )
 
 
 def _from_dict(template: Any, data: Mapping[str, Any], prefix: str) -> Any:
@@ -261,7 +270,9 @@ def _from_dict(template: Any, data: Mapping[str, Any], prefix: str) -> Any:
     for key, value in data.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise ConfigError(f"unknown setting {name}={value!r}; did you mean {prefix}{_nearest(key, list(known))}?")
+            raise ConfigError(
+                f"unknown setting {name}={value!r}; did you mean {prefix}{_nearest(key, list(known))}?"
+            )
         section = values.get(key) if _is_section(values.get(key)) else _section_class(_hints(owner)[key])
         if section is not None and isinstance(value, Mapping):
             values[key] = _from_dict(section, value, f"{name}.")
@@ -269,9 +280,13 @@ def _from_dict(template: Any, data: Mapping[str, Any], prefix: str) -> Any:
         try:
             values[key] = _validate(value, _hints(owner)[key], name)
         except ValidationError as error:
-            raise _refused(f"{name}={value!r}", _hints(owner)[key], error, "read from a saved config") from None
+            raise _refused(
+                f"{name}={value!r}", _hints(owner)[key], error, "read from a saved config"
+            ) from None
     for name, field in known.items():
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        has_default = (
+            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        )
         if name not in values and not has_default:
             raise ConfigError(f"setting {prefix}{name} is missing and {owner.__name__} has no default for it")
     return owner(**values)
@@ -289,20 +304,19 @@ def _section_class(annotation: Any) -> type | None:
 
 
 def _show(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(_to_json(value, "value"))
+    plain = _to_json(value, "value")
+    return plain if isinstance(plain, str) and plain else json.dumps(plain)
 
 
 def _help(config: Any, name: str) -> str:
     *sections, last = name.split(".")
     owner = functools.reduce(getattr, sections, config)
-    text = _field_docs(type(owner)).get(last, "")
-    annotation = _hints(type(owner))[last]
-    choices = [str(choice) for choice in typing.get_args(annotation)] if _is_literal(annotation) else []
-    return f"{text} [{' | '.join(choices)}]".strip() if choices else text
-
-
-def _is_literal(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is typing.Literal
+    kind: Any = type(owner)  # mypy takes no type object for hashable
+    text = _field_docs(kind).get(last, "")
+    annotation = _hints(kind)[last]
+    if typing.get_origin(annotation) is not Literal:
+        return text
+    return f"{text} [{' | '.join(map(str, typing.get_args(annotation)))}]".strip()
 
 
 @functools.cache
@@ -320,7 +334,7 @@ def _field_docs(owner: type) -> dict[str, str]:
         except (OSError, TypeError):
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for field, below in zip(body, body[1:], strict=False):
+        for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 text = ast.literal_eval(below.value) if _is_text(below) else ""
                 docs[field.target.id] = " ".join(text.split())
@@ -328,4 +342,8 @@ def _field_docs(owner: type) -> dict[str, str]:
 
 
 def _is_text(node: ast.stmt) -> typing.TypeGuard[ast.Expr]:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,10 @@ Make = Callable[..., Tracker]
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One sqlite file for all tests that do not test the file itself: MLflow needs seconds to lay one out."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    Tracker(TrackingConfig(uri=uri), str(folder / "run"), "first").finish()
+    return uri
 
 
 @pytest.fixture
@@ -184,7 +188,8 @@ def test_a_new_run_in_an_old_folder_gets_a_journal_of_its_own(make: Make, databa
     assert Path(second.run_dir, f"metrics.{first.run_id}.jsonl").exists()
 
 
-def test_two_trackers_can_not_share_a_run_folder(make: Make) -> None:
+def test_two_trackers_can_not_share_a_run_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydistill.tracking.journal._LOCK_WAIT_S", 0.2)
     make(uri="none")
     with pytest.raises(TrackingError, match="another run with the same output_dir"):
         make(uri="none")
@@ -202,7 +207,12 @@ def test_the_default_is_a_sqlite_file_beside_the_run_folder(
     assert tracker.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert history(tracker.uri, tracker.run_id, "loss/dm") == [(1, 1.0)]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["mlartifacts", "mlflow.db", "one"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        ".mlflow.db.lock",
+        "mlartifacts",
+        "mlflow.db",
+        "one",
+    ]
     run = client(tracker.uri).get_run(tracker.run_id)
     assert run.info.artifact_uri.startswith(str(tmp_path / "runs" / "mlartifacts"))
     assert run.data.tags["mlflow.user"]
@@ -346,8 +356,9 @@ def kill_server(server: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_server_killed_in_mid_run_gets_every_point_in_order_when_it_is_back(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shutil.copy(database.removeprefix("sqlite:///"), tmp_path / "server.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -405,7 +416,7 @@ def test_a_journal_whose_points_are_sent_makes_room_and_still_knows_the_recent_o
     sent: list[int] = []
     for step in range(1000):
         assert journal.append_metrics({"loss/dm": 1.0}, step, 0) == 1
-        if step % 7 == 0:
+        if step % 3 == 0:
             for entry, offset in journal.pending(300):
                 sent.append(entry["step"])
                 journal.mark_sent(offset)

@@ -1,8 +1,8 @@
 """The embedded data set: captioned 32x32 scenes of one or two coloured shapes, drawn deterministically.
 
-Scene number i of (seed, split) is a pure function of these three: its random numbers are the raw Philox stream at
-counter i, so that any scene can be drawn alone and in any order. `write_scenes` lays them out as COCO does, so that
-the default job reads them through the same code as real data.
+Scene number i of (seed, split) is a pure function of these three: its random numbers are the raw Philox
+stream at counter i, so that any scene can be drawn alone and in any order. `write_scenes` lays them out as
+COCO does, so that the default job reads them through the same code as real data.
 """
 
 import fcntl
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from raydistill.errors import DataError
 from raydistill.eval.features import COLOURS, IMAGE_SIZE, SHAPES
 
-# Raise this whenever a pixel or a caption changes: folders drawn by another version are then refused, not mixed.
+# Raise this whenever a pixel or a caption changes: folders drawn by another version are then refused, not
+# mixed.
 SCENES_VERSION = 1
 SPLITS = ("train", "val")
 CAPTIONS_PER_IMAGE = 5
@@ -59,7 +60,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows. With two objects, `relation` says where the first lies as seen from the second."""
+    """What one image shows. `relation` says where the first of two objects lies."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -101,20 +102,38 @@ def scene(seed: int, split: str, index: int) -> Scene:
         x, y = (9 + 7 * cell + numbers.uniform(-1, 1) for cell in (column, row))
         objects = (_object(numbers, x, y, other=None),)
         position = _position(row, column)
-        return Scene(objects, background, level, position, None, _one_object_captions(numbers, objects[0], position, background))
-    # Two objects sit in the two halves of the image, their centres at least 15 apart, so that they never touch.
+        return Scene(
+            objects,
+            background,
+            level,
+            position,
+            None,
+            _one_object_captions(numbers, objects[0], position, background),
+        )
+    # Two objects sit in the two halves of the image, their centres at least 15 apart, so that they never
+    # touch.
     first, second = 8 + numbers.uniform(-0.5, 0.5), 24 + numbers.uniform(-0.5, 0.5)
     across = (16 + numbers.uniform(-6, 6), 16 + numbers.uniform(-6, 6))
     horizontal = numbers.uniform() < 0.5
-    centres = ((first, across[0]), (second, across[1])) if horizontal else ((across[0], first), (across[1], second))
+    centres = (
+        ((first, across[0]), (second, across[1])) if horizontal else ((across[0], first), (across[1], second))
+    )
     one = _object(numbers, *centres[0], other=None)
     two = _object(numbers, *centres[1], other=one)
     relation = "left of" if horizontal else "above"
-    return Scene((one, two), background, level, None, relation, _two_object_captions(numbers, one, two, relation, background))
+    return Scene(
+        (one, two),
+        background,
+        level,
+        None,
+        relation,
+        _two_object_captions(numbers, one, two, relation, background),
+    )
 
 
 def _object(numbers: _Numbers, x: float, y: float, other: SceneObject | None) -> SceneObject:
-    # A second object of the first one's colour would make "present" ambiguous when one of the two is drawn badly.
+    # A second object of the first one's colour would make "present" ambiguous when one of the two is drawn
+    # badly.
     colours = tuple(c for c in COLOURS if other is None or c != other.colour)
     colour, shape, size = numbers.choice(colours), numbers.choice(SHAPES), numbers.choice(tuple(SIZES))
     rgb = tuple(min(255, max(0, channel + round(numbers.uniform(-8, 8)))) for channel in RGB[colour])
@@ -132,10 +151,14 @@ def _article(phrase: str) -> str:
 
 
 def _name(thing: SceneObject, with_size: bool) -> str:
-    return _article(f"{thing.size} {thing.colour} {thing.shape}" if with_size else f"{thing.colour} {thing.shape}")
+    return _article(
+        f"{thing.size} {thing.colour} {thing.shape}" if with_size else f"{thing.colour} {thing.shape}"
+    )
 
 
-def _one_object_captions(numbers: _Numbers, thing: SceneObject, position: str, background: str) -> tuple[str, ...]:
+def _one_object_captions(
+    numbers: _Numbers, thing: SceneObject, position: str, background: str
+) -> tuple[str, ...]:
     plain, sized = _name(thing, False), _name(thing, True)
     where = f"in the {position}" if position == "center" else f"at the {position}"
     captions = [
@@ -189,7 +212,9 @@ def _box(thing: SceneObject, half_width: float, half_height: float) -> list[int]
     left, right = thing.x - half_width, thing.x + half_width
     top, bottom = thing.y - half_height, thing.y + half_height
     # PIL counts the last pixel in.
-    return [round(edge * _SUPERSAMPLE) - last for edge, last in ((left, 0), (top, 0), (right, 1), (bottom, 1))]
+    return [
+        round(edge * _SUPERSAMPLE) - last for edge, last in ((left, 0), (top, 0), (right, 1), (bottom, 1))
+    ]
 
 
 def _circle(pen: ImageDraw.ImageDraw, thing: SceneObject) -> None:
@@ -240,13 +265,15 @@ def write_scenes(
 ) -> Path:
     """Draw the data set into a COCO-format folder and return its path; a complete folder is left as it is.
 
-    Everything is written beside `root` and renamed at the end, so `root` is complete whenever it exists; what an
-    interrupted call has drawn is kept for the next one. Several processes may call this at once: one draws, the
-    others wait. Raises DataError where `root` holds anything else than these scenes.
+    Everything is written beside `root` and renamed at the end, so `root` is complete whenever it exists; what
+    an interrupted call has drawn is kept for the next one. Several processes may call this at once: one
+    draws, the others wait. Raises DataError where `root` holds anything else than these scenes.
     """
     root = Path(root)
     if num_train < 1 or num_val < 1:
-        raise DataError(f"write_scenes needs at least one image per split, got train {num_train}, val {num_val}")
+        raise DataError(
+            f"write_scenes needs at least one image per split, got train {num_train}, val {num_val}"
+        )
     wanted = {"version": SCENES_VERSION, "seed": seed, "num_train": num_train, "num_val": num_val}
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f".{root.name}.lock", "w") as lock:
@@ -283,14 +310,20 @@ def _is_complete(root: Path, wanted: dict[str, int]) -> bool:
         raise DataError(f"{root} exists and was not written by write_scenes; give another folder")
     manifest = json.loads(manifest_file.read_text())
     if {key: manifest.get(key) for key in wanted} != wanted:
-        raise DataError(f"{root} holds other scenes ({manifest}) than asked for ({wanted}); remove it or give another folder")
+        raise DataError(
+            f"{root} holds other scenes ({manifest}) than asked for ({wanted}); remove it or name another"
+        )
     for split in SPLITS:
         found = len(list((root / split).glob("*.jpg")))
         if found != wanted[f"num_{split}"]:
-            raise DataError(f"{root / split} has {found} images, its manifest says {wanted[f'num_{split}']}; remove {root}")
+            raise DataError(
+                f"{root / split} has {found} images, its manifest says {wanted[f'num_{split}']}: remove it"
+            )
         sha256 = hashlib.sha256((root / "annotations" / f"captions_{split}.json").read_bytes()).hexdigest()
         if sha256 != manifest["captions_sha256"][split]:
-            raise DataError(f"the captions of {root} ({split}) were changed since they were written; remove {root}")
+            raise DataError(
+                f"the captions of {root} ({split}) were changed since they were written; remove {root}"
+            )
     return True
 
 

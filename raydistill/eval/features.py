@@ -1,8 +1,8 @@
-"""The shipped detector: which coloured shapes does a 32x32 scene show, and which features is toyfid computed in?
+"""The shipped detector: which coloured shapes does a scene show, and in which features is toyfid taken?
 
-`SceneNet` is a small convolutional net trained by `jobs/train_scene_net.py` on the scenes of `raydistill.data.scenes`.
-It is to the embedded data what Inception is to natural images: its pooled features feed the Frechet distance, its
-presence logits feed the prompt accuracy. Only torch is needed to use it.
+`SceneNet` is a small convolutional net trained by `jobs/train_scene_net.py` on the scenes of
+`raydistill.data.scenes`. It is to the embedded data what Inception is to natural images: its pooled features
+feed the Frechet distance, its presence logits feed the prompt accuracy. Only torch is needed to use it.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ SCENE_NET_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene_ne
 class SceneNet(nn.Module):
     """Features and object presence of drawn scenes; images are uint8 [B, 3, 32, 32], as files hold them.
 
-    Two coordinate channels are appended to the image, so that the pooled features know where things are and the
-    Frechet distance notices a wrong layout, which plain average pooling would hide.
+    Two coordinate channels are appended to the image, so that the pooled features know where things are and
+    the Frechet distance notices a wrong layout, which plain average pooling would hide.
     """
 
     def __init__(self, width: int = 24) -> None:
@@ -54,7 +54,7 @@ class SceneNet(nn.Module):
         return self.maps_of_floats(images.to(self.feature_scale.dtype) / 127.5 - 1.0)
 
     def maps_of_floats(self, images: Tensor) -> Tensor:
-        """As `maps`, for float images [B, 3, 32, 32] in [-1, 1] (training adds noise before the net sees them)."""
+        """As `maps`, for float images [B, 3, 32, 32] in [-1, 1], to which training adds noise."""
         coordinates = self.coordinates.expand(images.shape[0], -1, -1, -1)
         return self.trunk(torch.cat([images, coordinates], dim=1))
 
@@ -80,27 +80,33 @@ class SceneNet(nn.Module):
 
 def _block(num_in: int, num_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(num_out), nn.SiLU()
+        nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(num_out),
+        nn.SiLU(),
     )
 
 
 def load_scene_net(path: str | Path | None = None) -> SceneNet:
-    """The trained net, frozen and in eval mode; `path` is a folder with scene_net.safetensors and scene_net.json.
+    """The trained net, frozen; `path` is a folder with scene_net.safetensors and scene_net.json.
 
-    Without a path the net that the package ships is loaded. Raises DataError where a file is missing or where the
-    weights are not the ones that the JSON file describes.
+    Without a path the net that the package ships is loaded. Raises DataError where a file is missing or where
+    the weights are not the ones that the JSON file describes.
     """
     folder = Path(path) if path is not None else SCENE_NET_FOLDER
     weights_file, about_file = folder / "scene_net.safetensors", folder / "scene_net.json"
     for file in (weights_file, about_file):
         if not file.is_file():
-            raise DataError(f"SceneNet file missing: {file}; train one with: python jobs/train_scene_net.py --out {folder}")
+            raise DataError(
+                f"SceneNet file missing: {file}; make it with: python jobs/train_scene_net.py --out {folder}"
+            )
     about = json.loads(about_file.read_text())
     sha256 = scene_net_sha256(folder)
     if about["sha256"] != sha256:
         raise DataError(f"{weights_file} has sha256 {sha256}, but {about_file} describes {about['sha256']}")
     if about["colours"] != list(COLOURS) or about["shapes"] != list(SHAPES):
-        raise DataError(f"{about_file} names other colours or shapes than this version of the package: {about}")
+        raise DataError(
+            f"{about_file} names other colours or shapes than this version of the package: {about}"
+        )
     net = SceneNet(width=about["width"])
     net.load_state_dict(load_file(str(weights_file)))
     return net.eval().requires_grad_(False)

@@ -122,6 +122,14 @@ class Method(ABC):
     """Descending noise levels at which the generator is run to make an image."""
 
     @abstractmethod
+    def pure_noise(self, noise: Tensor) -> Tensor:
+        """What the generator starts from, given unit normal noise [B, C, H, W]."""
+
+    @abstractmethod
+    def gan_on(self, generator_update: int) -> bool:
+        """Whether adversarial terms take part in this update (stage 2)."""
+
+    @abstractmethod
     def generator_input(
         self, generator: Denoiser, cond: Cond, shape: Sequence[int], real: RealBatch | None, draws: PhaseDraws
     ) -> tuple[Tensor, Tensor]:

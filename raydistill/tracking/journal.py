@@ -29,7 +29,7 @@ _LOCK_WAIT_S = 5.0
 
 
 def previous_run_id(run_dir: str) -> str | None:
-    """The MLflow run that this folder's journal belongs to, or None; for a restart before the first snapshot."""
+    """The MLflow run of this folder's journal, or None; for a restart before the first snapshot."""
     try:
         with open(Path(run_dir, NAME), encoding="utf-8") as file:
             return str(json.loads(file.readline())["run_id"])

@@ -3,11 +3,14 @@
 The only file that imports mlflow.
 """
 
+import fcntl
 import getpass
 import logging
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,11 +81,10 @@ class MlflowRun:
         request_timeout_s: float,
     ) -> None:
         self.shown_uri = without_secrets(uri)
-        if uri.startswith("sqlite"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self._mlflow = _import_mlflow(request_timeout_s)
         try:
-            self._client = self._mlflow.MlflowClient(tracking_uri=uri)
+            with _alone_with_new_file(uri):
+                self._client = self._mlflow.MlflowClient(tracking_uri=uri)
             if run_id is None:
                 experiment_id = self._experiment(uri, experiment)
                 run = self._client.create_run(
@@ -216,6 +218,20 @@ def _import_mlflow(request_timeout_s: float) -> Any:
     import mlflow.exceptions
 
     return mlflow
+
+
+@contextmanager
+def _alone_with_new_file(uri: str) -> Iterator[None]:
+    # processes that lay out the same new sqlite file at the same time break each other's migrations (MLflow
+    # 3.17)
+    if not uri.startswith("sqlite"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _start_tags(parent_run_id: str | None) -> dict[str, str]:

@@ -95,7 +95,8 @@ class Tracker:
         self._wake, self._urgent = threading.Event(), threading.Event()
         self._wake.set()
         self._sender = threading.Thread(target=self._send_for_ever, name="mlflow-sender", daemon=True)
-        self._sender.start()
+        if self._run is not None:
+            self._sender.start()
 
     def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int | None = None) -> None:
         """Record values at a step; `timestamp_ms` (default: now) is milliseconds since 1970.
@@ -182,7 +183,8 @@ class Tracker:
         self._closed = True
         self._urgent.set()
         self._wake.set()
-        self._sender.join(timeout_s)
+        if self._run is not None:
+            self._sender.join(timeout_s)
         if not self._complete:
             log.warning(
                 "%d bytes of figures are not in MLflow at %s, which does not answer; they are in %s and are "

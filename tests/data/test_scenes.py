@@ -12,7 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.data.scenes import BACKGROUNDS, CAPTIONS_PER_IMAGE, RGB, SIZES, draw, draw_jpeg, scene, write_scenes
+from raydistill.data.scenes import (
+    BACKGROUNDS,
+    CAPTIONS_PER_IMAGE,
+    RGB,
+    SIZES,
+    draw,
+    draw_jpeg,
+    scene,
+    write_scenes,
+)
 from raydistill.errors import DataError
 from raydistill.eval.features import COLOURS, SHAPES, load_scene_net
 
@@ -29,7 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(root: Path) -> dict[str, str]:
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in root.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in root.rglob("*")
+        if f.is_file()
+    }
 
 
 def test_a_scene_is_a_pure_function_of_seed_split_and_index() -> None:
@@ -41,7 +54,10 @@ def test_a_scene_is_a_pure_function_of_seed_split_and_index() -> None:
 def test_pixels_of_the_first_scenes_are_the_published_ones() -> None:
     # Pixels rather than JPEG bytes: these depend on the libjpeg that Pillow was built with.
     pixels = b"".join(draw(scene(0, "train", i)).tobytes() for i in range(64))
-    assert hashlib.sha256(pixels).hexdigest() == "92747d71d6608d401434577c138949243880263aea2ccb567581b2915579b2f3"
+    assert (
+        hashlib.sha256(pixels).hexdigest()
+        == "92747d71d6608d401434577c138949243880263aea2ccb567581b2915579b2f3"
+    )
 
 
 def test_two_folders_of_one_seed_are_equal_and_another_seed_differs(folder: Path, tmp_path: Path) -> None:
@@ -75,18 +91,30 @@ def test_sizes_positions_relations_and_backgrounds_in_captions_are_true() -> Non
             place = re.search(r" (?:at|in) the (.+)$", caption)
             if place:
                 thing = content.objects[0]
-                row = ("top", "middle", "bottom")[int(round((thing.y - 9) / 7))]
-                column = ("left", "center", "right")[int(round((thing.x - 9) / 7))]
+                row = ("top", "middle", "bottom")[round((thing.y - 9) / 7)]
+                column = ("left", "center", "right")[round((thing.x - 9) / 7)]
                 words = [w for w in (row, column) if w not in ("middle", "center")] or ["center"]
                 assert place.group(1) == " ".join(words), (caption, thing)
                 seen.add(place.group(1))
-            relation = re.search(r"(\w+) (\w+) (left of|right of|above|below) an? (?:small |large )?(\w+) (\w+)", caption)
+            relation = re.search(
+                r"(\w+) (\w+) (left of|right of|above|below) an? (?:small |large )?(\w+) (\w+)", caption
+            )
             if relation:
                 a, b = by_name[relation.group(1, 2)], by_name[relation.group(4, 5)]
                 holds = {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}
                 assert holds[relation.group(3)]
                 seen.add(relation.group(3))
-    assert seen >= {"left of", "right of", "above", "below", "dark", "gray", "center", "top left", "bottom right"}
+    assert seen >= {
+        "left of",
+        "right of",
+        "above",
+        "below",
+        "dark",
+        "gray",
+        "center",
+        "top left",
+        "bottom right",
+    }
 
 
 def test_shapes_lie_inside_the_image_and_do_not_touch() -> None:
@@ -104,7 +132,9 @@ def test_shapes_lie_inside_the_image_and_do_not_touch() -> None:
 def test_the_named_colours_are_the_colours_of_the_pixels(folder: Path) -> None:
     table = json.loads((folder / "annotations" / "captions_train.json").read_text())
     captions = {a["image_id"]: a["caption"] for a in table["annotations"]}
-    palette = np.array([RGB[c] for c in COLOURS] + [(level,) * 3 for level in BACKGROUNDS.values()], dtype=float)
+    palette = np.array(
+        [RGB[c] for c in COLOURS] + [(level,) * 3 for level in BACKGROUNDS.values()], dtype=float
+    )
     for entry in table["images"]:
         pixels = np.asarray(Image.open(folder / "train" / entry["file_name"])).reshape(-1, 3).astype(float)
         distance = ((pixels[:, None] - palette) ** 2).sum(-1) ** 0.5
@@ -119,7 +149,9 @@ def test_scene_net_sees_the_named_objects_and_no_others(folder: Path) -> None:
     captions = {a["image_id"]: a["caption"] for a in table["annotations"]}
     right = 0
     for entry in table["images"]:
-        pixels = torch.from_numpy(np.array(Image.open(folder / "val" / entry["file_name"]))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(Image.open(folder / "val" / entry["file_name"]))).permute(2, 0, 1)[
+            None
+        ]
         found = {(COLOURS[c], SHAPES[s]) for c, s in (net.objects(pixels)[0] > 0).nonzero().tolist()}
         right += found == named_pairs(captions[entry["id"]])
     assert right >= 19
@@ -157,7 +189,9 @@ def test_an_interrupted_call_is_continued(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "scenes"
     partial = tmp_path / ".scenes.partial"
     (partial / "train").mkdir(parents=True)
-    (partial / "scenes.json").write_text(json.dumps({"version": 1, "seed": 0, "num_train": 40, "num_val": 20}))
+    (partial / "scenes.json").write_text(
+        json.dumps({"version": 1, "seed": 0, "num_train": 40, "num_val": 20})
+    )
     kept = partial / "train" / "000000000003.jpg"
     kept.write_bytes((folder / "train" / kept.name).read_bytes())
     (partial / "train" / "000000000004.jpg.tmp").write_bytes(b"half a jpeg")
@@ -170,7 +204,9 @@ def test_an_interrupted_call_is_continued(folder: Path, tmp_path: Path) -> None:
 
 def test_two_processes_may_write_the_same_folder(folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=write_scenes, args=(tmp_path / "s", 40, 20, 0, False)) for _ in range(3)]
+    workers = [
+        context.Process(target=write_scenes, args=(tmp_path / "s", 40, 20, 0, False)) for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -193,7 +229,7 @@ def test_missing_images_and_changed_captions_are_noticed(tmp_path: Path) -> None
     captions = root / "annotations" / "captions_val.json"
     original = captions.read_text()
     captions.write_text(original.replace("square", "hexagon").replace("ring", "hexagon") + " ")
-    with pytest.raises(DataError, match="captions of .* were changed"):
+    with pytest.raises(DataError, match=r"captions of .* were changed"):
         write_scenes(root, num_train=3, num_val=2, progress=False)
     captions.write_text(original)
     (root / "train" / "000000000002.jpg").unlink()

@@ -1,0 +1,92 @@
+"""Pictures for people: labelled rows of small images under their captions, as one PNG."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydistill.errors import DataError
+
+_GAP = 4
+_FONT_SIZE = 12
+_MIN_COLUMN = 84
+
+
+def grid_png(
+    rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, scale: int = 3
+) -> bytes:
+    """A PNG of image rows, each with its label at the left, and one caption above each column.
+
+    Args:
+        rows: (label, uint8 images [N, 3, H, W]); all rows have the same N, H and W.
+        captions: N captions, or None.
+        scale: whole factor by which the images are enlarged, without smoothing.
+
+    Raises DataError if the rows don't fit together.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width = _check(rows, captions, scale)
+    font = ImageFont.load_default(_FONT_SIZE)
+    line = _FONT_SIZE + 3
+    cell_height, cell_width = height * scale, max(width * scale, _MIN_COLUMN if captions else 0)
+    label_lines = [_wrap(label, 150, font) for label, _ in rows]
+    label_width = max(int(font.getlength(text)) for lines in label_lines for text in lines) + 2 * _GAP
+    heads = [_wrap(caption, cell_width, font) for caption in captions or ()]
+    head_height = max((len(lines) for lines in heads), default=0) * line + (_GAP if heads else 0)
+    # a label may have more lines than its images have room for
+    row_heights = [max(cell_height, len(lines) * line) + _GAP for lines in label_lines]
+
+    size = (label_width + count * (cell_width + _GAP) + _GAP, _GAP + head_height + sum(row_heights))
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, lines in enumerate(heads):
+        x = label_width + column * (cell_width + _GAP)
+        # captions stand on the images, not at the top, so that short ones are not far from theirs
+        top = head_height - len(lines) * line
+        for number, text in enumerate(lines):
+            pen.text((x, top + number * line), text, fill="black", font=font)
+    y = _GAP + head_height
+    for (_, images), lines, row_height in zip(rows, label_lines, row_heights, strict=True):
+        top = y + (row_height - _GAP - len(lines) * line) // 2
+        for number, text in enumerate(lines):
+            pen.text((_GAP, top + number * line), text, fill="black", font=font)
+        for column, image in enumerate(images.cpu().permute(0, 2, 3, 1).contiguous().numpy()):
+            picture = Image.fromarray(image).resize((width * scale, cell_height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (label_width + column * (cell_width + _GAP), y))
+        y += row_height
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _check(
+    rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None, scale: int
+) -> tuple[int, int, int]:
+    if not rows or scale < 1:
+        raise DataError(
+            f"a grid needs at least one row and a scale of at least 1, got {len(rows)} and {scale}"
+        )
+    shape = rows[0][1].shape
+    for label, images in rows:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape != shape:
+            raise DataError(
+                f"row {label!r} holds {images.dtype} {list(images.shape)}; all rows need uint8 images of one "
+                "shape "
+                f"[N, 3, H, W], the first is {list(shape)}"
+            )
+    if captions is not None and len(captions) != shape[0]:
+        raise DataError(f"{len(captions)} captions for {shape[0]} columns")
+    return int(shape[0]), int(shape[2]), int(shape[3])
+
+
+def _wrap(text: str, width: int, font: Any) -> list[str]:
+    """Lines of at most `width` pixels; a word that is wider alone is broken."""
+    for chars in range(max(len(text), 1), 0, -1):
+        lines = textwrap.wrap(text, chars) or [""]
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return [text]

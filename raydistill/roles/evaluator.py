@@ -1,0 +1,262 @@
+"""The evaluator: an immutable snapshot's weights in, figures of a stated protocol and a picture out.
+
+Evaluation sample n is the same noise and caption whatever the batch size or the weights, so that pictures and figures
+of different snapshots and runs differ only by the generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raydistill.checkpoint import Snapshot
+from raydistill.data.coco import read_coco
+from raydistill.data.images import load_image
+from raydistill.diffusion.random import Draws
+from raydistill.diffusion.samplers import ddim, few_step, trailing_times
+from raydistill.errors import ConfigError
+from raydistill.eval.features import IMAGE_SIZE, SceneNet, load_scene_net, scene_net_sha256
+from raydistill.eval.frechet import FeatureStatistics, frechet_distance
+from raydistill.eval.grids import grid_png
+from raydistill.eval.prompt_accuracy import prompt_accuracy
+from raydistill.eval.protocol import Protocol, to_uint8
+from raydistill.methods.method import Method
+from raydistill.models.denoiser import Cond, Denoiser, denoise_guided
+from raydistill.models.diffusers_hub import TextToImage
+from raydistill.roles.critic import strip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorConfig:
+    """What is evaluated, how often, and with what."""
+
+    enabled: bool = True
+    """Whether snapshots are evaluated at all."""
+    every: int = 50
+    """Generator updates between evaluated snapshots; the first and the last one always are."""
+    coco: str = "builtin:scenes"
+    """COCO-format folder of the reference images and the captions that are drawn."""
+    split: str = "val"
+    """Its split."""
+    num_samples: int = 1000
+    """Images per figure; it is part of the metric's name."""
+    batch_size: int = 100
+    """Images per forward pass; figures don't depend on it."""
+    seed: int = 10
+    """Seed of the evaluation noise, apart from the run's."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights of the generator: as trained, or their EMA."""
+    teacher_steps: int = 25
+    """DDIM steps of the teacher's own figure."""
+    grid_images: int = 8
+    """Columns of the picture."""
+    threads: int = 1
+    """CPU threads of the evaluator's process."""
+    niceness: int = 10
+    """How far it gives way to the trainers on a shared processor (0 to 19)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:
+            raise ConfigError(
+                f"evaluator.every={self.every} and evaluator.batch_size={self.batch_size} must be at least 1, "
+                f"evaluator.num_samples={self.num_samples} at least 2"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures under their full metric names, the protocol that made them, and a PNG."""
+
+    metrics: dict[str, float]
+    protocol: dict[str, object]
+    grid_png: bytes
+
+
+class Evaluator:
+    """Holds the pipeline, the detector, the reference statistics and the captions of one protocol."""
+
+    def __init__(
+        self,
+        config: EvaluatorConfig,
+        pipeline: TextToImage,
+        method: Method,
+        guidance_scale: float,
+        *,
+        device: torch.device | str = "cpu",
+        cache_dir: str | None = None,
+    ):
+        """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights.
+
+        Raises ConfigError if the reference has too few captions or images of another size.
+        """
+        self.config = config
+        self.pipeline = pipeline.to(device)
+        self.method = method
+        self.guidance_scale = guidance_scale
+        self.device = device
+        self._cache_dir = Path(cache_dir) if cache_dir else None
+        self._generator = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
+        self._critic = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
+        self._draws = Draws(config.seed)
+        self._net: SceneNet = load_scene_net().to(device)
+
+        images = read_coco(config.coco, config.split)
+        if len(images) < config.num_samples:
+            raise ConfigError(
+                f"evaluator.num_samples={config.num_samples}, but {config.coco} ({config.split}) has only "
+                f"{len(images)} captioned images"
+            )
+        self.captions = [image.captions[0] for image in images[: config.num_samples]]
+        self._reference = FeatureStatistics()
+        digest = hashlib.sha256()
+        for start in range(0, len(images), config.batch_size):
+            batch = [load_image(image.path, IMAGE_SIZE) for image in images[start : start + config.batch_size]]
+            pixels = to_uint8(torch.stack(batch))
+            digest.update(pixels.numpy().tobytes())
+            self._reference.update(self._net.features(pixels.to(device)))
+        self.protocol = Protocol(
+            name="scenes-val",
+            metric="toyfid",
+            num_samples=config.num_samples,
+            seed=config.seed,
+            detector="SceneNet",
+            detector_sha256=scene_net_sha256(),
+            reference=f"{Path(config.coco).name}/{config.split}",
+            reference_sha256=digest.hexdigest(),
+            num_reference=len(images),
+            captions_sha256=hashlib.sha256("\n".join(self.captions).encode()).hexdigest(),
+            resize="none",
+            uint8_rule="round",
+            caption_rule="first caption of each image, in order",
+            sampler="few_step",
+            num_steps=len(method.sampling_times),
+            guidance_scale=1.0,
+            weights=config.weights,
+        )
+        self._teacher_grid: Tensor | None = None
+
+    def evaluate(self, snapshot: Snapshot) -> Evaluation:
+        """Figures and picture of a snapshot's generator."""
+        started = time.monotonic()
+        weights, _ = snapshot.part("generator")
+        prefix = "ema/" if self.config.weights == "ema" else "weights/"
+        self._generator.load_state_dict(strip(weights, prefix))
+        metrics = self._figures(self._generate, self.protocol, "")
+        metrics["eval/seconds"] = time.monotonic() - started
+        critic, _ = snapshot.part("critic")
+        self._critic.load_state_dict(strip(critic, "weights/denoiser."))
+        return Evaluation(metrics, self.protocol.to_dict(), self._picture(snapshot.step))
+
+    def evaluate_teacher(self) -> Evaluation:
+        """The teacher's own figures: DDIM with guidance, same noise and captions; cached by protocol and weights."""
+        protocol = replace(
+            self.protocol,
+            sampler="ddim",
+            num_steps=self.config.teacher_steps,
+            guidance_scale=self.guidance_scale,
+            weights="raw",
+        )
+        key = hashlib.sha256(f"{protocol.hash()} {self.pipeline.fingerprint}".encode()).hexdigest()[:16]
+        cached = self._cache_dir / f"teacher_{key}.json" if self._cache_dir else None
+        if cached and cached.is_file():
+            metrics = json.loads(cached.read_text())["metrics"]
+        else:
+            metrics = self._figures(self._generate_teacher, protocol, "teacher_")
+            if cached:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                partial = cached.with_suffix(".partial")
+                partial.write_text(json.dumps({"metrics": metrics, "protocol": protocol.to_dict()}, indent=1))
+                partial.replace(cached)
+        return Evaluation(metrics, protocol.to_dict(), b"")
+
+    def sample_images(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
+        """uint8 images [n, 3, H, W] of evaluation samples `indices` from the generator as last evaluated."""
+        return torch.cat([self._generate(indices[i : i + 100], denoiser) for i in range(0, len(indices), 100)])
+
+    def _figures(self, generate, protocol: Protocol, who: str) -> dict[str, float]:
+        statistics = FeatureStatistics()
+        shown: list[Tensor] = []
+        for indices in self._batches():
+            images = generate(indices)
+            features, objects = self._net(images)
+            statistics.update(features)
+            shown.append(objects.cpu())
+        accuracy = prompt_accuracy(torch.cat(shown), self.captions)
+        return {
+            protocol.key(f"{who}toyfid"): frechet_distance(statistics, self._reference),
+            protocol.key(f"{who}prompt_accuracy"): accuracy,
+        }
+
+    def _batches(self) -> Iterator[list[int]]:
+        for start in range(0, self.config.num_samples, self.config.batch_size):
+            yield list(range(start, min(start + self.config.batch_size, self.config.num_samples)))
+
+    @torch.no_grad()
+    def _generate(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
+        net = denoiser or self._generator
+        cond = self._cond(indices)
+        latents = few_step(
+            lambda x_t, t: net(x_t, t, cond),
+            net.schedule,
+            self.method.sampling_times,
+            self.method.pure_noise(self._noise("eval/noise", indices)),
+            noise=lambda step: self._noise(f"eval/renoise_{step}", indices),
+        )
+        return to_uint8(self.pipeline.decode(latents))
+
+    @torch.no_grad()
+    def _generate_teacher(self, indices: list[int]) -> Tensor:
+        cond = self._cond(indices)
+        null = self.pipeline.null_cond(len(indices))
+        denoiser = self.pipeline.denoiser
+        latents = ddim(
+            lambda x_t, t: denoise_guided(denoiser, x_t, t, cond, null, self.guidance_scale),
+            denoiser.schedule,
+            trailing_times(self.config.teacher_steps),
+            self._noise("eval/noise", indices),
+        )
+        return to_uint8(self.pipeline.decode(latents))
+
+    @torch.no_grad()
+    def _picture(self, step: int) -> bytes:
+        """Rows for the same noise: generator, what teacher and critic make of its noised samples, teacher's own."""
+        indices = list(range(self.config.grid_images))
+        if self._teacher_grid is None:
+            self._teacher_grid = self._generate_teacher(indices).cpu()
+        cond = self._cond(indices)
+        net = self._generator
+        noise = self.method.pure_noise(self._noise("eval/noise", indices))
+        x = few_step(
+            lambda x_t, t: net(x_t, t, cond),
+            net.schedule,
+            self.method.sampling_times,
+            noise,
+            noise=lambda number: self._noise(f"eval/renoise_{number}", indices),
+        )
+        middle = net.schedule.t_from_edm_sigma(torch.ones(len(indices), dtype=torch.float64, device=x.device)).float()
+        x_t = net.schedule.add_noise(x, middle, self._noise("eval/grid", indices))
+        null = self.pipeline.null_cond(len(indices))
+        real = denoise_guided(self.pipeline.denoiser, x_t, middle, cond, null, self.guidance_scale)
+        fake = self._critic(x_t, middle, cond)
+        rows = [
+            (f"generator, {len(self.method.sampling_times)} step, update {step}", x),
+            ("teacher's x0 of it at sigma 1", real),
+            ("critic's x0 of it at sigma 1", fake),
+        ]
+        pictures = [(label, to_uint8(self.pipeline.decode(latents)).cpu()) for label, latents in rows]
+        pictures.append((f"teacher, {self.config.teacher_steps} steps", self._teacher_grid))
+        return grid_png(pictures, [self.captions[i] for i in indices])
+
+    def _cond(self, indices: list[int]) -> Cond:
+        return self.pipeline.encode_text([self.captions[i] for i in indices])
+
+    def _noise(self, purpose: str, indices: list[int]) -> Tensor:
+        return self._draws.normal(purpose, 0, indices, self.pipeline.latent_shape).to(self.device)

@@ -1,0 +1,143 @@
+"""Ray actors for the services, and the handles through which a training worker speaks to them.
+
+    rank 0 --metrics(...)------> TrackerActor ----> metrics.jsonl, MLflow      (fire and forget; `sync` waits)
+    rank 0 --evaluate(step)----> EvaluatorActor    one call in flight, its answer collected between updates
+    driver --progress()--------> TrackerActor
+
+Both may die: Ray restarts them and repeats the calls in hand. The evaluator holds nothing that a snapshot does not;
+the tracker goes on with its journal and its MLflow run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from raydistill.roles.evaluator import Evaluation, Evaluator
+from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
+from raydistill.runtime.settings import RunConfig, config_from_dict
+from raydistill.tracking import Tracker
+
+
+class _TrackerActor:
+    def __init__(self, config: dict[str, Any]):
+        self._config = config_from_dict(config)
+        self._opened: Tracker | None = None
+
+    @property
+    def _tracker(self) -> Tracker:
+        # opened by the first call, not by the constructor, so that a failure reaches the caller as itself
+        if self._opened is None:
+            self._opened = open_tracker(self._config)
+        return self._opened
+
+    def run_id(self) -> str:
+        return self._tracker.run_id
+
+    def params(self, flat: dict[str, Any]) -> None:
+        self._tracker.params(flat)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._tracker.metrics(values, step)
+
+    def tags(self, tags: dict[str, Any]) -> None:
+        self._tracker.tags(tags)
+
+    def artifact_bytes(self, data: bytes, name: str, artifact_path: str) -> None:
+        self._tracker.artifact_bytes(data, name, artifact_path)
+
+    def artifact(self, path: str, artifact_path: str) -> None:
+        self._tracker.artifact(path, artifact_path)
+
+    def sync(self) -> None:
+        self._tracker.flush(timeout_s=0.0)
+
+    def progress(self) -> dict[str, Any]:
+        return self._tracker.progress() | {"pid": os.getpid()}
+
+    def finish(self, status: str) -> bool:
+        return self._tracker.finish(status)
+
+
+class _EvaluatorActor:
+    def __init__(self, config: dict[str, Any]):
+        import torch
+
+        self._config = config_from_dict(config)
+        self._built: Evaluator | None = None
+        torch.set_num_threads(self._config.evaluator.threads)
+        os.nice(self._config.evaluator.niceness)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def evaluate(self, step: int) -> Evaluation:
+        if self._built is None:
+            self._built = build_evaluator(self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu")
+        return evaluate_snapshot(self._built, self._config, step)
+
+
+def start_tracker(config: dict[str, Any]) -> Any:
+    """The tracker's actor; it needs the driver's node, whose disk holds the run folder."""
+    return ray.remote(_TrackerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(config)
+
+
+def start_evaluator(config: dict[str, Any], gpus: float) -> Any:
+    """The evaluator's actor."""
+    options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(_EvaluatorActor).options(**options).remote(config)
+
+
+class ActorTracker:
+    """A TrackerActor as the loop sees it."""
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._handle.metrics.remote(dict(values), step)
+
+    def tags(self, tags: Mapping[str, Any]) -> None:
+        self._handle.tags.remote(dict(tags))
+
+    def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
+        self._handle.artifact_bytes.remote(data, name, artifact_path)
+
+    def sync(self) -> None:
+        ray.get(self._handle.sync.remote())
+
+
+class ActorEvaluator:
+    """An EvaluatorActor as the loop sees it."""
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+        self._request: tuple[int, Any] | None = None
+
+    def start(self, path: str | None, step: int) -> None:
+        self._request = step, self._handle.evaluate.remote(step)
+
+    def busy(self) -> bool:
+        return self._request is not None
+
+    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
+        if self._request is None:
+            return None
+        step, reference = self._request
+        ready, _ = ray.wait([reference], timeout=timeout_s)
+        if not ready:
+            return None
+        self._request = None
+        return step, ray.get(reference)
+
+
+def worker_cpus(config: RunConfig) -> int:
+    """CPUs of one training worker: as set, or a node's share."""
+    if config.placement.cpus_per_worker:
+        return config.placement.cpus_per_worker
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    per_node = -(-config.placement.workers // max(1, len([cpus for cpus in nodes if cpus])))
+    return max(1, int(max(nodes, default=1.0) // per_node))

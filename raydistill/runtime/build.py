@@ -1,0 +1,90 @@
+"""From settings to networks: pipeline, method, roles."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from raydistill.errors import ConfigError
+from raydistill.methods import METHODS
+from raydistill.methods.method import Method
+from raydistill.models.critic import Critic
+from raydistill.models.diffusers_hub import TextToImage, UNetDenoiser, load_pipeline
+from raydistill.models.heads import BottleneckHead
+from raydistill.roles.critic import CriticTrainer
+from raydistill.roles.generator import GeneratorTrainer
+from raydistill.roles.teacher import TeacherScorer
+from raydistill.roles.world import World
+from raydistill.runtime.settings import RunConfig, TrainConfig, teacher_folder
+
+
+def build_pipeline(config: RunConfig) -> TextToImage:
+    """The teacher's pipeline, frozen, on the CPU."""
+    return load_pipeline(
+        teacher_folder(config.teacher), dtype=config.teacher.dtype, prediction=config.teacher.prediction
+    )
+
+
+def build_method(config: RunConfig, pipeline: TextToImage) -> Method:
+    """The method, given the teacher's schedule."""
+    module, _, name = METHODS[config.method.kind].method.partition(":")
+    method: Method = getattr(importlib.import_module(module), name)(
+        config.method, pipeline.denoiser.schedule, config.teacher.guidance_scale
+    )
+    return method
+
+
+def build_generator(
+    config: RunConfig, pipeline: TextToImage, world: World, device: torch.device
+) -> GeneratorTrainer:
+    """The generator, a copy of the teacher."""
+    return GeneratorTrainer(_trainable(pipeline, config.train, device), config.generator, world)
+
+
+def build_critic(
+    config: RunConfig, method: Method, pipeline: TextToImage, world: World, device: torch.device
+) -> CriticTrainer:
+    """The critic, a copy of the teacher, with a randomly initialised GAN head where the method has one."""
+    denoiser = _trainable(pipeline, config.train, device)
+    head = None
+    if method.needs.gan_head:
+        size = pipeline.latent_shape[1] // 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                config.seed
+            )  # the head's weights must not depend on what ran before in the process
+            head = BottleneckHead(denoiser.feature_channels, size).to(device)
+    source = pipeline.denoiser if getattr(config.method, "gan_features", "critic") == "teacher" else None
+    return CriticTrainer(Critic(denoiser, head, source), config.critic, world)
+
+
+def build_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> TeacherScorer:
+    """The teacher in this process."""
+    pipeline.to(device)
+    _tune(pipeline.denoiser, config.train)
+    return TeacherScorer(pipeline.denoiser, pipeline.null_cond)
+
+
+def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device) -> UNetDenoiser:
+    denoiser = pipeline.copy_denoiser(train.dtype).to(device)
+    if train.activation_checkpointing:
+        denoiser.unet.enable_gradient_checkpointing()
+    _tune(denoiser, train)
+    return denoiser
+
+
+def _tune(denoiser: UNetDenoiser, train: TrainConfig) -> None:
+    if train.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if train.compile:
+        denoiser.unet.compile()
+
+
+def pick_device(gpus_per_worker: int) -> torch.device:
+    """The worker's device. Raises ConfigError when a GPU is asked for and none is there."""
+    if not gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"placement.gpus_per_worker={gpus_per_worker}, but this worker sees no GPU")
+    return torch.device("cuda", torch.cuda.current_device())

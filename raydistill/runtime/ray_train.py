@@ -1,0 +1,133 @@
+"""The one place that calls Ray Train: the worker group, its session, and what its failures mean.
+
+Ray Train starts the workers, joins them in a process group, restarts the group after a failure and warns of a node
+that goes away. Snapshots are ours (`raydistill.checkpoint`): they outlive Ray's versions and serve the inline session
+too, so a restarted group looks for the newest one itself and Train is told of it by a report without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raydistill import errors
+from raydistill.errors import PlacementError, RayDistillError, TrainingError
+from raydistill.roles.world import World
+from raydistill.runtime import actors, loop
+from raydistill.runtime.build import pick_device
+from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
+from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
+
+_PREEMPTION_EVERY = 20
+_FAILURE_FILE = "failure.json"
+
+
+class TrainSession:
+    """`Session` inside a Ray Train worker."""
+
+    def __init__(self, config: RunConfig, tracker: Any, evaluator: Any, run_id: str):
+        context = ray.train.get_context()
+        self.world = World(context.get_world_rank(), context.get_world_size())
+        self.device = pick_device(config.placement.gpus_per_worker)
+        self.tracker: TrackerLike = actors.ActorTracker(tracker)
+        self.evaluator: EvaluatorLike | None = actors.ActorEvaluator(evaluator) if evaluator is not None else None
+        self.run_id = run_id
+        self._run_dir = config.run_dir
+        self._asked = 0
+
+    def should_stop(self) -> bool:
+        self._asked += 1
+        stop = stop_requested(self._run_dir)
+        # every rank must take part in this call, hence a fixed rhythm; it costs about 8 ms
+        if self._asked % _PREEMPTION_EVERY == 0 and ray.train.get_preemption_info() is not None:
+            stop = True
+        return self.world.any(stop)
+
+    def milestone(self, metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs. A mistake of ours or the user's is written down, not retried."""
+    config = config_from_dict(settings["config"])
+    failure = Path(config.run_dir) / _FAILURE_FILE
+    if failure.exists():
+        return
+    if not config.placement.gpus_per_worker:
+        torch.set_num_threads(settings["cpus"])
+    session = TrainSession(config, settings["tracker"], settings["evaluator"], settings["run_id"])
+    try:
+        loop.train(config, session)
+    except RayDistillError as error:
+        # Ray hands a service's error on as a class of its own that derives from the original one
+        kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+        cause = getattr(error, "cause", error)
+        failure.write_text(json.dumps({"kind": kind, "message": str(cause)}))
+        if session.world.size > 1:
+            raise  # the other ranks may wait for this one; the restarted group finds the file and ends
+
+
+def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
+    """Train under Ray Train until the run ends or was asked to stop.
+
+    Raises the RayDistillError that stopped it, PlacementError if the cluster is too small, and TrainingError after
+    `placement.max_failures` restarts.
+    """
+    cpus = actors.worker_cpus(config)
+    _require_room(config, cpus)
+    failure = Path(config.run_dir) / _FAILURE_FILE
+    failure.unlink(missing_ok=True)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # its 2 s would throttle reports
+    resources: dict[str, float] = {"CPU": cpus}
+    if config.placement.gpus_per_worker:
+        resources["GPU"] = config.placement.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": to_dict(config), "tracker": tracker, "evaluator": evaluator, "run_id": run_id, "cpus": cpus,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.placement.workers,
+            use_gpu=config.placement.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(timeout_s=600),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=f"{config.run_dir}/ray_train",
+            failure_config=FailureConfig(max_failures=config.placement.max_failures),
+        ),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if not failure.exists():
+            raise TrainingError(
+                f"training failed {config.placement.max_failures + 1} times (placement.max_failures="
+                f"{config.placement.max_failures}); the last reason: {str(error).strip().splitlines()[-1]}"
+            ) from error
+    if failure.exists():
+        told = json.loads(failure.read_text())
+        raise getattr(errors, told["kind"])(told["message"])
+
+
+def _require_room(config: RunConfig, cpus: int) -> None:
+    total = ray.cluster_resources()
+    for kind, each, setting in (
+        ("CPU", cpus, "placement.cpus_per_worker"),
+        ("GPU", config.placement.gpus_per_worker, "placement.gpus_per_worker"),
+    ):
+        needed, there = each * config.placement.workers, total.get(kind, 0.0)
+        if needed > there:
+            raise PlacementError(
+                f"placement.workers={config.placement.workers} x {setting}={each} needs {needed} {kind}s, "
+                f"the cluster has {there:g}: lower one of them or add nodes"
+            )

@@ -1,0 +1,248 @@
+"""`run(config)`: a whole run from the driver's side, from the data to the exported generator."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from raydistill.checkpoint import Snapshots
+from raydistill.config import flatten, to_dict
+from raydistill.errors import ConfigError, RayDistillError, TrainingError
+from raydistill.runtime.prepare import prepare_data
+from raydistill.runtime.session import STOP_FILE, request_stop
+from raydistill.runtime.settings import RunConfig, validate
+from raydistill.runtime.summary import summarise
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+_PLAIN_LINE_S = 10.0
+
+
+class Interrupted(TrainingError):
+    """The run was asked to stop; its snapshot is written."""
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Prepare the data, train, evaluate, export the best snapshot; returns and writes the summary.
+
+    Raises RayDistillError with a one-line message for everything a user can mend, and Interrupted after SIGTERM.
+    """
+    config = resolve(config)
+    validate(config)
+    prepare_data(config)
+    _prepare_folder(config)
+    started = time.time()
+    with _stop_on_sigterm(config.run_dir):
+        if config.placement.session == "inline":
+            _run_inline(config)
+        else:
+            _run_on_ray(config)
+        if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
+            newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).steps()[-1]
+            raise Interrupted(f"stopped at update {newest} as asked; the same command goes on from its snapshot")
+    return json.loads((Path(config.run_dir) / "summary.json").read_text()) | {"elapsed_s": time.time() - started}
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Absolute paths: Ray's workers have working directories of their own."""
+    from raydistill.runtime.prepare import builtin_paths
+
+    absolute = config.output_dir if "://" in config.output_dir else os.path.abspath(config.output_dir)
+    if "://" in absolute:
+        raise ConfigError(f"output_dir={absolute!r} must be a local (or network-mounted) folder")
+    return builtin_paths(replace(config, output_dir=absolute))
+
+
+def _run_inline(config: RunConfig) -> None:
+    import torch
+
+    from raydistill.roles.world import World
+    from raydistill.runtime import loop
+    from raydistill.runtime.build import pick_device
+    from raydistill.runtime.services import LocalEvaluator, LocalTracker, open_tracker
+    from raydistill.runtime.session import stop_requested
+
+    tracker = open_tracker(config)
+
+    class InlineSession:
+        world = World()
+        device: torch.device = pick_device(config.placement.gpus_per_worker)
+        evaluator = LocalEvaluator(config) if config.evaluator.enabled else None
+        run_id = tracker.run_id
+
+        def __init__(self) -> None:
+            self.tracker = LocalTracker(tracker)
+
+        def should_stop(self) -> bool:
+            return stop_requested(config.run_dir)
+
+        def milestone(self, metrics: dict[str, float]) -> None:
+            pass
+
+    tracker.params(flatten(config))
+    status = "FAILED"
+    try:
+        with show_progress(config, tracker.progress):
+            loop.train(config, InlineSession())
+        status = _close(config, tracker.run_id, tracker.artifact)
+    finally:
+        tracker.finish(status)
+
+
+def _run_on_ray(config: RunConfig) -> None:
+    import ray
+
+    from raydistill.runtime import actors, ray_train
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    mine = not ray.is_initialized()
+    if mine:
+        new = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": 256 * 2**20, "dashboard_host": "127.0.0.1"}
+        try:
+            ray.init(address="auto" if not new else None, logging_level="WARNING", **new)
+        except ValueError:  # a Ray of this user runs already; its store is as it is
+            ray.init(address="auto", logging_level="WARNING")
+    tree = to_dict(config)
+    tracker = actors.start_tracker(tree)
+    evaluator = actors.start_evaluator(tree, config.placement.evaluator_gpus) if config.evaluator.enabled else None
+    status = "FAILED"
+    opened = False
+    try:
+        run_id = _get(tracker.run_id.remote())
+        opened = True
+        tracker.params.remote(flatten(config))
+
+        def progress() -> dict[str, Any]:
+            return ray.get(tracker.progress.remote())
+
+        with show_progress(config, progress):
+            ray_train.fit(config, tracker, evaluator, run_id)
+        status = _close(config, run_id, lambda path, folder: ray.get(tracker.artifact.remote(path, folder)))
+    finally:
+        if opened:
+            ray.get(tracker.finish.remote(status))
+        if mine:
+            ray.shutdown()
+
+
+def _get(reference: Any) -> Any:
+    """`ray.get`, with a service's own error instead of Ray's wrapping of it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, RayDistillError):
+            raise cause from None
+        raise
+
+
+def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) -> str:
+    """Summary and export of a complete run; the MLflow status."""
+    if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
+        return "KILLED"
+    path = summarise(config, run_id)
+    artifact(str(path), "")
+    return "FINISHED"
+
+
+def _prepare_folder(config: RunConfig) -> None:
+    folder = Path(config.run_dir)
+    if folder.exists() and not config.resume:
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        log.warning("resume=false: the earlier run was set aside as %s", aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _stop_on_sigterm(run_dir: str) -> Iterator[None]:
+    """SIGTERM asks the run to write a snapshot and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        sys.stderr.write("raydistill: SIGTERM: writing a snapshot, then stopping\n")
+        request_stop(run_dir)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def show_progress(config: RunConfig, progress: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """A bar on a terminal, a line every ten seconds elsewhere, fed from the tracker."""
+    done = threading.Event()
+    thread = threading.Thread(target=_draw, args=(config, progress, done), daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10.0)
+
+
+def _draw(config: RunConfig, progress: Callable[[], dict[str, Any]], done: threading.Event) -> None:
+    total = config.train.generator_updates
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=total, desc=config.name, unit="update", disable=not terminal, smoothing=0.1)
+    shown: tuple[int, str] = (-1, "")
+    first: tuple[int, float] | None = None
+    last_line = 0.0
+    while True:
+        ending = done.wait(_POLL_S)
+        try:
+            state = progress()
+        except Exception as error:  # the tracker's actor may be restarting; training goes on without the bar
+            if ending:
+                return
+            log.debug("no progress to show: %s", error)
+            continue
+        values, step = state["values"], int(state["values"].get("generator_updates", 0))
+        if first is None and step:
+            first = step, time.monotonic()
+        words = _words(values)
+        if terminal:
+            bar.n = step
+            bar.set_postfix_str(words)
+        elif (step, words) != shown and (ending or time.monotonic() - last_line >= _PLAIN_LINE_S):
+            last_line = time.monotonic()
+            shown = (step, words)
+            print(f"{config.name}: update {step}/{total}{_eta(step, total, first)} {words}", flush=True)
+        if ending:
+            bar.close()
+            return
+
+
+def _eta(step: int, total: int, first: tuple[int, float] | None) -> str:
+    if first is None or step <= first[0]:
+        return ""
+    pace = (time.monotonic() - first[1]) / (step - first[0])
+    left = int(pace * (total - step))
+    return f" [{pace:.2f} s/update, ETA {left // 60}:{left % 60:02d}]"
+
+
+def _words(values: dict[str, float]) -> str:
+    wanted = [("loss/dm", "dm"), ("loss/dsm", "dsm")]
+    wanted += [(name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")]
+    wanted += [(name, "accuracy") for name in sorted(values) if name.startswith("eval/prompt_accuracy")]
+    return " ".join(f"{short}={values[name]:.3g}" for name, short in wanted if name in values)

@@ -1,0 +1,159 @@
+"""What the training loop asks of its surroundings: `Session`, inside Ray Train or inline without Ray.
+
+The loop never imports Ray; `raydistill.runtime.train_session` holds the Ray Train implementation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from raydistill.roles.evaluator import Evaluation
+from raydistill.roles.world import World
+
+
+class TrackerLike(Protocol):
+    """The tracker, in this process or behind an actor; every call returns at once but `sync`."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def tags(self, tags: Mapping[str, Any]) -> None: ...
+
+    def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None: ...
+
+    def sync(self) -> None:
+        """Return when everything recorded so far is in the journal on disk."""
+
+
+class EvaluatorLike(Protocol):
+    """The evaluator: requests go in, answers are collected later."""
+
+    def start(self, path: str | None, step: int) -> None:
+        """Begin evaluating the snapshot at `path`, or the teacher if None. One request at a time."""
+
+    def busy(self) -> bool: ...
+
+    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
+        """The answer to the request in hand, waiting at most `timeout_s`; None if it is not there yet."""
+
+
+class Session(Protocol):
+    """One rank's view of the run it takes part in."""
+
+    world: World
+    device: torch.device
+    tracker: TrackerLike
+    evaluator: EvaluatorLike | None
+    run_id: str
+
+    def should_stop(self) -> bool:
+        """Whether the run was asked to stop, by SIGTERM or because this node goes away; the same on all ranks."""
+
+    def milestone(self, metrics: dict[str, float]) -> None:
+        """Tell whoever coordinates the run that a snapshot was committed; called by all ranks together."""
+
+
+STOP_FILE = "stop_requested"
+
+
+def stop_requested(run_dir: str) -> bool:
+    """Whether somebody asked the run in `run_dir` to stop at the next update."""
+    return os.path.exists(f"{run_dir}/{STOP_FILE}")
+
+
+def request_stop(run_dir: str) -> None:
+    """Ask the run to write a snapshot and stop; safe to call from a signal handler."""
+    with open(f"{run_dir}/{STOP_FILE}", "w"):
+        pass
+
+
+class EvaluationQueue:
+    """Which snapshots get evaluated, newest wins, and what came of them; lives in rank 0.
+
+    At most one evaluation runs and one waits. A newer snapshot takes the waiting one's place, unless that was marked
+    `must` (the first, the last). The ledger on disk outlives the process: what has no entry is asked for again.
+    """
+
+    def __init__(self, evaluator: EvaluatorLike, tracker: TrackerLike, run_dir: str):
+        self._evaluator = evaluator
+        self._tracker = tracker
+        self._ledger_file = Path(run_dir) / "evaluations.json"
+        self.ledger: dict[str, dict[str, Any]] = (
+            json.loads(self._ledger_file.read_text()) if self._ledger_file.is_file() else {}
+        )
+        self._waiting: list[tuple[int, str | None, bool]] = []  # (step, path, must); the teacher is step -1
+        self._running: int | None = None
+
+    def pending_steps(self) -> set[int]:
+        """Steps whose snapshots must not be deleted yet."""
+        steps = {step for step, _, _ in self._waiting}
+        return steps | ({self._running} if self._running is not None else set())
+
+    def answered(self, step: int) -> bool:
+        return str(step) in self.ledger
+
+    def submit(self, path: str | None, step: int, *, must: bool = False) -> None:
+        """Ask for the evaluation of the snapshot at `path` (None: of the teacher, as step -1)."""
+        if self.answered(step) or step in self.pending_steps():
+            return
+        for waiting in [entry for entry in self._waiting if not entry[2]]:
+            self._waiting.remove(waiting)
+            self._record(waiting[0], {"state": "skipped"})
+        self._waiting.append((step, path, must))
+        self._start_next()
+
+    def poll(self, now: int, timeout_s: float = 0.0) -> None:
+        """Collect an answer if there is one; `now`: generator updates made, to report the lag."""
+        if self._running is None:
+            return
+        answer = self._evaluator.collect(timeout_s)
+        if answer is None:
+            return
+        step, evaluation = answer
+        self._running = None
+        at = max(step, 0)
+        if step < 0:
+            metrics = evaluation.metrics
+        else:
+            skipped = sum(entry["state"] == "skipped" for entry in self.ledger.values())
+            metrics = evaluation.metrics | {
+                "eval/lag_updates": float(now - step),
+                "eval/skipped": float(skipped),
+            }
+            self._tracker.artifact_bytes(evaluation.grid_png, f"grid_{step:08d}.png", "grids")
+            self._tracker.tags({"protocol_hash": str(evaluation.protocol.get("hash", ""))})
+        self._tracker.metrics(metrics, at)
+        # a figure counts as answered only once it is in the journal
+        self._tracker.sync()
+        self._record(step, {"state": "done", "metrics": evaluation.metrics, "protocol": evaluation.protocol})
+        self._start_next()
+
+    def drain(self, now: int) -> None:
+        """Wait for everything that was asked for."""
+        while self._running is not None or self._waiting:
+            self._start_next()
+            self.poll(now, timeout_s=5.0)
+
+    def best_step(self, metric: str) -> int | None:
+        """The step with the lowest value of a metric among those evaluated."""
+        found = {
+            int(s): e["metrics"][metric] for s, e in self.ledger.items() if metric in e.get("metrics", {})
+        }
+        return min(found, key=lambda step: found[step]) if found else None
+
+    def _start_next(self) -> None:
+        if self._running is None and self._waiting and not self._evaluator.busy():
+            step, path, _ = self._waiting.pop(0)
+            self._evaluator.start(path, step)
+            self._running = step
+
+    def _record(self, step: int, entry: dict[str, Any]) -> None:
+        self.ledger[str(step)] = entry
+        partial = self._ledger_file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.ledger, indent=1))
+        partial.replace(self._ledger_file)

@@ -1,0 +1,231 @@
+"""Submits a job to Ray and follows it to its end, whatever becomes of the log stream.
+
+Ray's own `ray job submit` stops following when the log's websocket breaks (ray#51601, #60665). Here the job's
+status decides: a broken stream is attached again and continues where it stopped, and what a stream that hangs
+still owes is fetched once the job has ended.
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raydistill.errors import RayDistillError
+from raydistill.runtime import local_cluster
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+_POLL_S = 1.0
+_DRAIN_S = 3.0
+_SUMMARY = "summary: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """How a followed job ended."""
+
+    submission_id: str
+    status: str
+    """SUCCEEDED, FAILED or STOPPED."""
+    exit_code: int
+    """The job's own where Ray knows it; else 0 for SUCCEEDED, 130 for STOPPED, 1 for FAILED."""
+    message: str
+    """Ray's words for why it failed; empty otherwise."""
+    summary: str | None
+    """The path after `summary: ` in the job's output: absolute if it ran on this machine's own head."""
+
+
+def submit_and_follow(
+    entrypoint: Sequence[str],
+    working_dir: str | os.PathLike[str] = ".",
+    address: str = "auto",
+    *,
+    write: Callable[[str], object] | None = None,
+    lost_after_s: float = 60.0,
+) -> JobResult:
+    """Run `entrypoint` as a Ray job, pass its output on, and return when it has ended.
+
+    With `address="auto"` the job runs in `working_dir` itself, on this machine's head, which is started if
+    there is none. With the URL of a head, `working_dir` is uploaded, and what the job writes stays on the
+    cluster. Ctrl-C asks whether to stop the job (without a terminal it is stopped) and then raises
+    KeyboardInterrupt.
+
+    Args:
+        entrypoint: the command and its arguments, for example `["python", "jobs/dmd2_coco.py"]`.
+        write: takes the output; stdout if None.
+        lost_after_s: how long the head may be unreachable before the job is given up as lost.
+
+    Raises RayDistillError if no head answers at `address`, the submission is refused, or the head is lost.
+    """
+    folder = Path(working_dir).resolve()
+    if not folder.is_dir():
+        raise RayDistillError(f"working dir {folder} is no folder")
+    local = address in ("auto", local_cluster.ADDRESS)
+    client = connect(address)
+    command = shlex.join(entrypoint)
+    try:
+        if local:
+            submission_id = client.submit_job(entrypoint=f"cd {shlex.quote(str(folder))} && exec {command}")
+        else:
+            submission_id = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
+    except RuntimeError as error:
+        raise RayDistillError(f"{client.get_address()} refused the job: {error}") from error
+    print(
+        f"raydistill: job {submission_id} at {client.get_address()}: {command}", file=sys.stderr, flush=True
+    )
+    return follow(client, submission_id, folder if local else None, write=write, lost_after_s=lost_after_s)
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """A client for the head at `address`: `auto` (started if need be) or `http://HOST:PORT`; sends the token.
+
+    Raises RayDistillError if no head answers there or if it refuses the token.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    url = local_cluster.up().address if address in ("auto", local_cluster.ADDRESS) else address
+    try:
+        with _without_address_variables():
+            return JobSubmissionClient(url, headers=local_cluster.auth_headers())
+    except (ConnectionError, RuntimeError) as error:
+        raise RayDistillError(f"no Ray head to submit to at {url}: {error}") from error
+
+
+def follow(
+    client: "JobSubmissionClient",
+    submission_id: str,
+    folder: Path | None,
+    *,
+    write: Callable[[str], object] | None = None,
+    lost_after_s: float = 60.0,
+) -> JobResult:
+    """Pass the output of a submitted job on until it has ended; `folder` is where it runs on this machine."""
+    log = _Output(write or _to_stdout)
+    try:
+        details = asyncio.run(_follow(client, submission_id, log, lost_after_s))
+    except KeyboardInterrupt:
+        _interrupted(client, submission_id, log, lost_after_s)
+        raise
+    status = str(getattr(details.status, "value", details.status))
+    exit_code = details.driver_exit_code
+    if exit_code is None:
+        exit_code = {"SUCCEEDED": 0, "STOPPED": 130}.get(status, 1)
+    summary = log.summary
+    return JobResult(
+        submission_id=submission_id,
+        status=status,
+        exit_code=exit_code,
+        message="" if status == "SUCCEEDED" else details.message or "",
+        summary=str(folder / summary) if folder and summary else summary,
+    )
+
+
+class _Output:
+    """The job's output, passed on once although each stream tells it from the start."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._written = 0
+        self._position = 0
+        self._tail = ""
+        self.summary: str | None = None
+
+    def restart(self) -> None:
+        """The next text is the output's beginning again."""
+        self._position = 0
+
+    def feed(self, text: str) -> None:
+        new = text[max(self._written - self._position, 0) :]
+        self._position += len(text)
+        if not new:
+            return
+        self._written += len(new)
+        self._write(new)
+        *lines, self._tail = (self._tail + new).split("\n")
+        for line in [*lines, self._tail]:
+            if line.startswith(_SUMMARY):
+                self.summary = line.removeprefix(_SUMMARY).strip()
+
+
+def _to_stdout(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+async def _follow(
+    client: "JobSubmissionClient", submission_id: str, log: _Output, lost_after_s: float
+) -> "JobDetails":
+    stream: asyncio.Task[None] | None = None
+    answered = time.monotonic()
+    while True:
+        if stream is None or stream.done():
+            stream = asyncio.create_task(_attach(client, submission_id, log))
+        await asyncio.wait({stream}, timeout=_POLL_S)
+        if stream.done():
+            await asyncio.sleep(0.2)  # a stream that is refused at once must not turn this into a busy loop
+        try:
+            details = await asyncio.to_thread(client.get_job_info, submission_id)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() - answered > lost_after_s:
+                raise RayDistillError(
+                    f"the Ray head at {client.get_address()} has not answered for {lost_after_s:.0f} s, "
+                    f"and job {submission_id} may have ended with it: {error}"
+                ) from error
+            continue
+        answered = time.monotonic()
+        if details.status.is_terminal():
+            await asyncio.wait({stream}, timeout=_DRAIN_S)
+            stream.cancel()
+            await asyncio.wait({stream})
+            log.restart()
+            log.feed(await asyncio.to_thread(client.get_job_logs, submission_id))
+            return details
+
+
+async def _attach(client: "JobSubmissionClient", submission_id: str, log: _Output) -> None:
+    """Pass one log stream on until it ends or breaks; whether the job has ended is not its to say."""
+    import aiohttp
+
+    log.restart()
+    with contextlib.suppress(aiohttp.ClientError, RuntimeError, OSError):
+        async for text in client.tail_job_logs(submission_id):
+            log.feed(text)
+
+
+def _interrupted(
+    client: "JobSubmissionClient", submission_id: str, log: _Output, lost_after_s: float
+) -> None:
+    """Ctrl-C while following: leave the job running if a person says so, else stop it and wait for it."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        try:
+            answer = input(f"\nStop job {submission_id} too? [Y/n] ")
+        except (EOFError, KeyboardInterrupt):
+            answer = "n"
+        if answer.strip().lower() in ("n", "no"):
+            print(
+                f"job {submission_id} goes on; `ray job logs --follow {submission_id}` shows it",
+                file=sys.stderr,
+            )
+            return
+    print(f"raydistill: stopping job {submission_id}", file=sys.stderr, flush=True)
+    client.stop_job(submission_id)
+    details = asyncio.run(_follow(client, submission_id, log, lost_after_s))
+    print(f"raydistill: job {submission_id} {details.status}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _without_address_variables() -> Iterator[None]:
+    """Ray lets these variables win over the address that its client is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    held = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)

@@ -1,0 +1,110 @@
+"""What a finished run leaves: summary.json, the exported generator, and the table on the screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raydistill.checkpoint import Snapshot, Snapshots
+from raydistill.models.diffusers_hub import export_pipeline
+from raydistill.roles.critic import strip
+from raydistill.runtime.loop import best_metric
+from raydistill.runtime.settings import RunConfig, teacher_folder
+
+
+def summarise(config: RunConfig, run_id: str) -> Path:
+    """Write runs/<name>/summary.json and export the best snapshot; returns the summary's path."""
+    folder = Path(config.run_dir)
+    snapshots = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep)
+    last = snapshots.read(snapshots.steps()[-1])
+    progress = last.manifest["progress"]
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "method": config.method.kind,
+        "generator_updates": progress["generator_updates"],
+        "critic_updates": progress["critic_updates"],
+        "images": progress["images"],
+        "wall_s": round(progress["train_s"], 2),
+        "generator_steps": len(config.method.timesteps),
+        "guidance_scale": config.teacher.guidance_scale,
+        "teacher": config.teacher.path,
+        "teacher_steps": config.evaluator.teacher_steps,
+        "seed": config.seed,
+        "mlflow_uri": config.tracking.uri or f"sqlite:///{config.output_dir}/mlflow.db",
+        "mlflow_run_id": run_id,
+    }
+    best = last
+    if config.evaluator.enabled:
+        figures, best_step = _figures(config)
+        summary |= figures
+        best = snapshots.read(best_step)
+    exported = export_snapshot(config, best, folder / "export")
+    summary |= {"exported_step": best.step, "export": str(exported)}
+    path = folder / "summary.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.replace(path)
+    return path
+
+
+def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
+    """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder."""
+    tensors, _ = snapshot.part("generator")
+    prefix = "ema/" if config.evaluator.weights == "ema" else "weights/"
+    return export_pipeline(
+        teacher_folder(config.teacher),
+        strip(tensors, prefix),
+        out,
+        timesteps=[int(t) for t in config.method.timesteps],
+    )
+
+
+def _figures(config: RunConfig) -> tuple[dict[str, Any], int]:
+    ledger = json.loads((Path(config.run_dir) / "evaluations.json").read_text())
+    metric = best_metric(config)
+    label = metric.rpartition("_")[2]
+    done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
+    teacher = done.pop(-1)
+    best = min(done, key=lambda step: done[step][metric])
+    accuracy = f"eval/prompt_accuracy_{label}"
+    end = max(done)
+    figures = {
+        "toyfid_start": done[min(done)][metric],
+        "toyfid_end": done[end][metric],
+        "toyfid_best": done[best][metric],
+        "toyfid_teacher": teacher[f"eval/teacher_toyfid_{label}"],
+        "prompt_accuracy_start": done[min(done)][accuracy],
+        "prompt_accuracy": done[end][accuracy],
+        "prompt_accuracy_teacher": teacher[f"eval/teacher_prompt_accuracy_{label}"],
+        "toyfid_samples": config.evaluator.num_samples,
+        "prompt_accuracy_samples": config.evaluator.num_samples,
+        "best_step": best,
+        "curve": [[step, done[step][metric], done[step][accuracy]] for step in sorted(done)],
+    }
+    return figures, best
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The result as a person wants to read it."""
+    steps = summary["generator_steps"]
+    lines = [
+        f"{summary['name']}: {summary['method']}, {summary['generator_updates']} generator updates, "
+        f"{summary['critic_updates']} critic updates, {summary['images']} images, {summary['wall_s']:.0f} s of training"
+    ]
+    if "toyfid_end" in summary:
+        n = summary["toyfid_samples"]
+        rows = [
+            (f"generator, {steps} step{'s' * (steps > 1)}, start", "toyfid_start", "prompt_accuracy_start"),
+            (f"generator, {steps} step{'s' * (steps > 1)}, end", "toyfid_end", "prompt_accuracy"),
+            (
+                f"teacher, {summary['teacher_steps']} DDIM steps, guidance {summary['guidance_scale']:g}",
+                "toyfid_teacher",
+                "prompt_accuracy_teacher",
+            ),
+        ]
+        lines.append(f"{'':<42}{f'toyfid ({n})':>14}{f'prompt accuracy ({n})':>24}")
+        lines += [f"{label:<42}{summary[fid]:>14.3f}{summary[accuracy]:>24.3f}" for label, fid, accuracy in rows]
+    lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
+    lines.append(f"compare runs: mlflow ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
+    return "\n".join(lines)
