@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from raydistill.torchvision_ops import ensure_torchvision_importable
 ensure_torchvision_importable()
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from raydistill.data.scenes import SCENES_VERSION, write_scenes  # noqa: E402
@@ -229,32 +229,37 @@ def reconstruction_figures(vae: AutoencoderKL, images: Tensor) -> dict[str, floa
 
 
 def make_tokenizer(captions: list[list[str]], folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs were merged until each word of the captions is one token."""
-    words = sorted({word for five in captions for caption in five for word in caption.split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Letters that no word has still need a token, so that any lower-case prompt can be read.
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=1,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator([" ".join(words + letters)], trainer)
-    state = json.loads(bpe.to_str())["model"]
-    pieces = [piece for piece, _ in sorted(state["vocab"].items(), key=lambda item: item[1])]
-    pieces += [f"{letter}</w>" for letter in letters if f"{letter}</w>" not in state["vocab"]]
-    vocab = {piece: index for index, piece in enumerate([*pieces, START, END])}
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split()) for pair in state["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=NUM_TOKENS)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    for word in words:
-        if len(tokenizer(word).input_ids) != 3:
-            raise RuntimeError(f"the word {word!r} is {tokenizer.tokenize(word)}, not one token")
-    return tokenizer
+    """A CLIP tokenizer whose byte pairs are merged until each word of the captions is one token."""
+    if not folder.exists():
+        words = sorted({word for five in captions for caption in five for word in caption.split()})
+        # Letters that no caption ends or begins with have tokens too, so that any lower-case prompt can be read.
+        letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+        pieces, merges = [*letters, *(f"{letter}</w>" for letter in letters)], byte_pairs(words)
+        pieces += [left + right for left, right in merges]
+        vocab = {piece: index for index, piece in enumerate([*dict.fromkeys(pieces), START, END])}
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=NUM_TOKENS)
+        split_words = [word for word in words if len(tokenizer(word).input_ids) != 3]
+        if split_words:
+            raise RuntimeError(f"words that are not one token: {split_words}")
+        tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def byte_pairs(words: list[str]) -> list[tuple[str, str]]:
+    """The merges, most frequent pair first and ties in alphabetical order, that make each word one piece."""
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while any(len(pieces) > 1 for pieces in split):
+        counts = Counter(pair for pieces in split for pair in itertools.pairwise(pieces))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in split:
+            at = 0
+            while at < len(pieces) - 1:
+                if (pieces[at], pieces[at + 1]) == best:
+                    pieces[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
 
 
 def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:

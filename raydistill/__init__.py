@@ -2,3 +2,5 @@
 
 Importing this imports nothing else; each part has a module of its own.
 """
+
+__version__ = "0.1.0"

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -398,6 +399,26 @@ def test_a_server_killed_in_mid_run_gets_every_point_in_order_when_it_is_back(
         assert [f.path for f in client(uri).list_artifacts(tracker.run_id, "grids")] == ["grids/grid.png"]
     finally:
         kill_server(server)
+
+
+def test_points_dropped_while_the_database_was_locked_are_counted_in_mlflow(
+    make: Make, database: str
+) -> None:
+    tracker = make(journal_max_mb=1, retry_max_s=0.5)
+    values = {name: 0.123456789 for name in METRICS if "*" not in name and "tracking" not in name}
+    lock = sqlite3.connect(database.removeprefix("sqlite:///"))
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+        for step in range(2000):
+            tracker.metrics(values, step)
+    finally:
+        lock.close()
+    assert tracker.finish()
+    dropped = tracker.progress()["dropped_points"]
+    assert dropped > 0
+    assert history(database, tracker.run_id, "tracking/dropped_points") == [(1999, dropped)]
+    steps = [step for step, _ in history(database, tracker.run_id, "loss/dm")]
+    assert steps == list(range(2000 - dropped // len(values)))
 
 
 def test_a_full_journal_counts_what_it_drops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,7 @@ class SceneObject:
     x: float
     y: float
     diameter: float
-    rgb: tuple[int, int, int]
+    rgb: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,8 @@ def _is_complete(root: Path, wanted: dict[str, int]) -> bool:
 def _write_split(partial: Path, split: str, count: int, seed: int, bar: tqdm) -> str:
     (partial / split).mkdir(exist_ok=True)
     (partial / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, str | int]] = []
+    annotations: list[dict[str, str | int]] = []
     for index in range(count):
         content = scene(seed, split, index)
         name = f"{index + 1:012d}.jpg"

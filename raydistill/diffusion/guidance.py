@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,10 +11,10 @@ def guide(x0_cond: Tensor, x0_uncond: Tensor, scale: float) -> Tensor:
 
     Guiding x0, eps, v or flow is the same, as each is affine in the others at a given x_t.
     """
-    return x0_uncond + scale * (x0_cond - x0_uncond)
+    # lerp, unlike the formula as written, gives x0_cond exactly at scale 1.
+    return torch.lerp(x0_uncond, x0_cond, scale)
 
 
 def extra_to_scale(w: float) -> float:
-    """Scale for papers that write (1 + w) cond - w uncond, as arXiv:2207.12598, eq. 6; w = 0 is no
-    guidance."""
+    """Scale for papers that write (1 + w) cond - w uncond (arXiv:2207.12598, eq. 6), 0 for no guidance."""
     return w + 1

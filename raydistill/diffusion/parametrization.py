@@ -68,8 +68,7 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, predict
 
 
 def score(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """grad log p_t(x_t) = (a x0 - x_t)/s^2 for x0 = E[x0|x_t] (Tweedie), all [B, ...]; not finite at s =
-    0."""
+    """grad log p_t(x_t) = (a x0 - x_t)/s^2, where x0 = E[x0|x_t]. Not finite at sigma = 0."""
     a, s = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
     return ((a * x0.double() - x_t.double()) / s**2).to(x_t.dtype)
 

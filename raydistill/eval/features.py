@@ -29,6 +29,9 @@ class SceneNet(nn.Module):
     the Frechet distance notices a wrong layout, which plain average pooling would hide.
     """
 
+    coordinates: Tensor
+    feature_scale: Tensor
+
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         line = torch.linspace(-1.0, 1.0, IMAGE_SIZE)

@@ -102,8 +102,13 @@ class Protocol:
 
     def key(self, metric: str | None = None) -> str:
         """The metric's full name with N, for instance eval/toyfid_2k or eval/prompt_accuracy_500."""
-        thousands, rest = divmod(self.num_samples, 1000)
-        return f"eval/{metric or self.metric}_{self.num_samples if rest else f'{thousands}k'}"
+        return f"eval/{metric or self.metric}_{count_label(self.num_samples)}"
+
+
+def count_label(num_samples: int) -> str:
+    """N as metric names have it: 500 is "500", 2000 is "2k"."""
+    thousands, rest = divmod(num_samples, 1000)
+    return str(num_samples) if rest else f"{thousands}k"
 
 
 def same_protocol(a: Protocol, b: Protocol) -> bool:

@@ -106,9 +106,11 @@ class DMD2(Method):
             gan_head=self._gan,
         )
         self._dm_times = _level_sampler(
-            schedule, int(config.dm_min_level * _NUM_LEVELS), min(int(config.dm_max_level * _NUM_LEVELS) + 1, _NUM_LEVELS)
+            schedule,
+            int(config.dm_min_level * _NUM_LEVELS),
+            min(int(config.dm_max_level * _NUM_LEVELS), _NUM_LEVELS - 1),
         )
-        self._all_times = _level_sampler(schedule, 0, _NUM_LEVELS)
+        self._all_times = _level_sampler(schedule, 0, _NUM_LEVELS - 1)
 
     def gan_on(self, generator_update: int) -> bool:
         """Whether stage 2 has begun."""
@@ -202,7 +204,7 @@ def distribution_matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) 
 
 
 def _level_sampler(schedule: NoiseSchedule, low: int, high: int) -> TimeSampler:
-    """Uniform over levels low..high-1 of 1000: SD's timesteps, EDM's ascending Karras grid, or equal time steps."""
+    """Uniform over levels low..high, both included, of 1000: SD's timesteps, EDM's ascending Karras grid, or equal time steps."""
     if isinstance(schedule, EDMSchedule):
         return KarrasIndexUniform(
             num=_NUM_LEVELS, low=low, high=high, sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max

@@ -325,3 +325,27 @@ def _fingerprint(modules: Sequence[nn.Module]) -> str:
             raw = tensor.detach().cpu().contiguous()
             digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def denoiser_on_meta(path: str, prediction: str = "auto") -> tuple[UNetDenoiser, dict[str, tuple[int, ...]]]:
+    """The pipeline's denoiser without weights, and the shapes of one sample's conditions, from its JSON files alone.
+
+    Raises ConfigError as `load_pipeline` does.
+    """
+    folder = _local_folder(path, None)
+    index = _read_json(folder / "model_index.json", path)
+    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
+    if prediction != "auto":
+        scheduler_config = scheduler_config | {"prediction_type": prediction}
+    schedule, predicted = schedule_from_diffusers(scheduler_config)
+    text = _read_json(folder / "text_encoder" / "config.json", path)
+    config = _read_json(folder / "unet" / "config.json", path)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    shapes: dict[str, tuple[int, ...]] = {
+        "text": (text.get("max_position_embeddings", 77), unet.config.cross_attention_dim)
+    }
+    if "text_encoder_2" in index:
+        second = _read_json(folder / "text_encoder_2" / "config.json", path)
+        shapes |= {"pooled": (second["projection_dim"],), "time_ids": (6,)}
+    return UNetDenoiser(unet, schedule, predicted), shapes

@@ -153,7 +153,7 @@ class Evaluator:
         metrics["eval/seconds"] = time.monotonic() - started
         critic, _ = snapshot.part("critic")
         self._critic.load_state_dict(strip(critic, "weights/denoiser."))
-        return Evaluation(metrics, self.protocol.to_dict(), self._picture(snapshot.step))
+        return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
 
     def evaluate_teacher(self) -> Evaluation:
         """The teacher's own figures: DDIM with guidance, same noise and captions; cached by protocol and weights."""
@@ -175,7 +175,7 @@ class Evaluator:
                 partial = cached.with_suffix(".partial")
                 partial.write_text(json.dumps({"metrics": metrics, "protocol": protocol.to_dict()}, indent=1))
                 partial.replace(cached)
-        return Evaluation(metrics, protocol.to_dict(), b"")
+        return Evaluation(metrics, described(protocol), b"")
 
     def sample_images(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
         """uint8 images [n, 3, H, W] of evaluation samples `indices` from the generator as last evaluated."""
@@ -260,3 +260,8 @@ class Evaluator:
 
     def _noise(self, purpose: str, indices: list[int]) -> Tensor:
         return self._draws.normal(purpose, 0, indices, self.pipeline.latent_shape).to(self.device)
+
+
+def described(protocol: Protocol) -> dict[str, object]:
+    """The protocol with its hash, as it is recorded beside a figure."""
+    return protocol.to_dict() | {"hash": protocol.hash()}

@@ -5,7 +5,7 @@ Ray resolves a submission address `MODULE://REST` by importing MODULE and asking
     export RAY_API_SERVER_ADDRESS=raydistill.runtime.local_cluster://auto
 
 `ray job submit -- python jobs/dmd2_coco.py` works on a machine where no Ray runs yet, and also where Ray's
-auth token exists, which `ray job submit` by itself doesn't send (since Ray 2.59: "Missing authentication token").
+auth token exists, which `ray job submit` by itself doesn't send ("Missing authentication token", Ray 2.59).
 `REST` is `auto` for this machine, or `HOST:PORT` of a running head, which then only gets the token added.
 
 A head started here listens on 127.0.0.1 alone, is written down in the state folder with its process id, and

@@ -27,6 +27,7 @@ from raydistill.config import flatten, to_dict
 from raydistill.data.reader import Batch, ShardReader
 from raydistill.diffusion.random import Draws
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
+from raydistill.eval.protocol import count_label
 from raydistill.methods.method import Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import TextToImage
@@ -440,8 +441,6 @@ def is_snapshot_step(config: RunConfig, step: int) -> bool:
 
 def best_metric(config: RunConfig) -> str:
     """The metric whose lowest value marks the best snapshot."""
-    from raydistill.eval.protocol import count_label
-
     return f"eval/toyfid_{count_label(config.evaluator.num_samples)}"
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _DRAIN_S = 3.0
-_SUMMARY = "summary: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,7 @@ class JobResult:
     exit_code: int
     """The job's own where Ray knows it; else 0 for SUCCEEDED, 130 for STOPPED, 1 for FAILED."""
     message: str
-    """Ray's words for why it failed; empty otherwise."""
-    summary: str | None
-    """The path after `summary: ` in the job's output: absolute if it ran on this machine's own head."""
+    """Ray's words where the job failed before or beside its command; empty where the command has an exit code."""
 
 
 def submit_and_follow(
@@ -80,7 +77,7 @@ def submit_and_follow(
     print(
         f"raydistill: job {submission_id} at {client.get_address()}: {command}", file=sys.stderr, flush=True
     )
-    return follow(client, submission_id, folder if local else None, write=write, lost_after_s=lost_after_s)
+    return follow(client, submission_id, write=write, lost_after_s=lost_after_s)
 
 
 def connect(address: str) -> "JobSubmissionClient":
@@ -101,12 +98,11 @@ def connect(address: str) -> "JobSubmissionClient":
 def follow(
     client: "JobSubmissionClient",
     submission_id: str,
-    folder: Path | None,
     *,
     write: Callable[[str], object] | None = None,
     lost_after_s: float = 60.0,
 ) -> JobResult:
-    """Pass the output of a submitted job on until it has ended; `folder` is where it runs on this machine."""
+    """Pass the output of a submitted job on until it has ended; Ctrl-C as in `submit_and_follow`."""
     log = _Output(write or _to_stdout)
     try:
         details = asyncio.run(_follow(client, submission_id, log, lost_after_s))
@@ -114,16 +110,15 @@ def follow(
         _interrupted(client, submission_id, log, lost_after_s)
         raise
     status = str(getattr(details.status, "value", details.status))
-    exit_code = details.driver_exit_code
+    exit_code, message = details.driver_exit_code, ""
     if exit_code is None:
+        message = details.message if status == "FAILED" else ""
         exit_code = {"SUCCEEDED": 0, "STOPPED": 130}.get(status, 1)
-    summary = log.summary
     return JobResult(
         submission_id=submission_id,
         status=status,
         exit_code=exit_code,
-        message="" if status == "SUCCEEDED" else details.message or "",
-        summary=str(folder / summary) if folder and summary else summary,
+        message=message or "",
     )
 
 
@@ -134,8 +129,6 @@ class _Output:
         self._write = write
         self._written = 0
         self._position = 0
-        self._tail = ""
-        self.summary: str | None = None
 
     def restart(self) -> None:
         """The next text is the output's beginning again."""
@@ -144,14 +137,9 @@ class _Output:
     def feed(self, text: str) -> None:
         new = text[max(self._written - self._position, 0) :]
         self._position += len(text)
-        if not new:
-            return
-        self._written += len(new)
-        self._write(new)
-        *lines, self._tail = (self._tail + new).split("\n")
-        for line in [*lines, self._tail]:
-            if line.startswith(_SUMMARY):
-                self.summary = line.removeprefix(_SUMMARY).strip()
+        if new:
+            self._written += len(new)
+            self._write(new)
 
 
 def _to_stdout(text: str) -> None:

@@ -15,7 +15,7 @@ METRICS: dict[str, str] = {
     "loss/critic_total": "critic: weighted sum that is differentiated",
     # gradient norms (L2), before clipping
     "grad_norm/dm": "gradient of the distribution-matching term at the generated sample",
-    "grad_norm/gan": "gradient of the GAN term at the generated sample",
+    "grad_norm/gan_generator": "gradient of the GAN term at the generated sample",
     "grad_norm/generator": "whole gradient of the generator's weights",
     "grad_norm/critic": "whole gradient of the critic's weights",
     # is the critic keeping up?
@@ -30,6 +30,8 @@ METRICS: dict[str, str] = {
     # optimiser
     "lr/generator": "learning rate of the generator",
     "lr/critic": "learning rate of the critic",
+    "clipped_steps/generator": "optimiser steps so far whose gradient was scaled down to generator.clip_norm",
+    "clipped_steps/critic": "optimiser steps so far whose gradient was scaled down to critic.clip_norm",
     # counters: the x-axis of every comparison is one of them
     "generator_updates": "optimiser steps of the generator",
     "critic_updates": "optimiser steps of the critic",

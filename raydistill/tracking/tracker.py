@@ -163,6 +163,7 @@ class Tracker:
         self._wake.set()
         with self._idle:
             while self._journal.unsent_bytes and (left := deadline - time.monotonic()) > 0:
+                # woken by success; without it, one more attempt a second
                 self._idle.wait(min(left, 1.0))
                 self._urgent.set()
         return self._journal.unsent_bytes == 0
@@ -177,9 +178,11 @@ class Tracker:
             raise ValueError(f"status is {status!r}; MLflow's are {', '.join(_STATUSES)}")
         if self._closed:
             return self._complete
-        if self._journal.dropped_points:
-            self.metrics({"tracking/dropped_points": self._journal.dropped_points}, self._last_step)
         self._complete = self.flush(timeout_s)
+        if self._complete and self._journal.dropped_points:
+            # only now is there room for it
+            self.metrics({"tracking/dropped_points": self._journal.dropped_points}, self._last_step)
+            self._complete = self.flush(timeout_s)
         self._closed = True
         self._urgent.set()
         self._wake.set()
@@ -235,13 +238,13 @@ class Tracker:
                         waited = time.monotonic() - down_since
                         log.warning("MLflow at %s answers again after %.1f s", self.uri, waited)
                     pause_s = down_since = 0.0
+                with self._idle:
+                    self._idle.notify_all()
             except Exception as error:  # the journal has the figures, and the next attempt may pass
                 if not down_since:
                     down_since = time.monotonic()
                     log.warning("MLflow at %s fails (%s); figures wait on disk", self.uri, _brief(error))
                 pause_s = min(max(2 * pause_s, _FIRST_RETRY_S), self._retry_max_s)
-            with self._idle:
-                self._idle.notify_all()
             if self._closed:
                 return
 

@@ -1,0 +1,340 @@
+"""The command line: a thin layer over `raydistill.runtime`, and what a job file calls.
+
+Nothing heavy is imported before a command is known, so `raydistill --help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from raydistill.errors import ConfigError, RayDistillError
+
+if TYPE_CHECKING:
+    from raydistill.runtime.settings import RunConfig
+
+Recipe = Callable[[], "RunConfig"]
+
+_EXAMPLES = """\
+examples:
+  raydistill train jobs/dmd2_coco.py                    the embedded teacher and data, on this machine
+  raydistill train jobs/dmd2_coco.py --dry-run          what that would run, and with how much memory
+  raydistill train jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ten
+  raydistill submit -- python jobs/dmd2_coco.py         the same as a Ray job, on a local head
+  raydistill sample runs/dmd2_coco --prompt "a red circle" --out circle.png
+  raydistill evaluate runs/dmd2_coco --num-samples 2000
+  raydistill export runs/dmd2_coco one_step_pipeline    a folder for diffusers' from_pretrained
+  raydistill methods --json
+
+A failure that raydistill foresaw is one line on stderr and exit code 2; RAYDISTILL_TRACEBACK=1 shows where it
+came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The console script `raydistill`; ends the process with the command's exit code."""
+    arguments = _parser().parse_args(argv)
+    sys.exit(_guarded(lambda: arguments.command(arguments)))
+
+
+def job_main(
+    recipe: Recipe, presets: Mapping[str, Recipe] | None = None, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """What a job file calls: run `recipe()` with the command line's overrides; ends the process.
+
+    Args:
+        recipe: the job's default run.
+        presets: other runs of the same job, chosen by `--preset NAME`.
+        argv: the command line without the program's name; the process's own if None.
+    """
+    parser = argparse.ArgumentParser(description=recipe.__doc__, formatter_class=_HELP)
+    _add_run_arguments(parser, presets or {})
+    arguments = parser.parse_args(argv)
+    sys.exit(_guarded(lambda: _run(recipe, presets or {}, arguments)))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """The command's exit code; foreseen failures become one line and 2, Ctrl-C becomes 130."""
+    try:
+        return command()
+    except RayDistillError as error:
+        if os.environ.get("RAYDISTILL_TRACEBACK"):
+            traceback.print_exc()
+        sys.stdout.flush()
+        print(f"raydistill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("raydistill: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Namespace) -> int:
+    from raydistill.config import describe
+
+    config = _configured(recipe, presets, arguments)
+    if arguments.help_settings:
+        print(describe(config))
+        return 0
+    if arguments.dry_run:
+        return _show_plan(config, with_settings=True)
+    from raydistill.runtime.run import run
+    from raydistill.runtime.summary import table
+
+    print(table(run(config)))
+    # A promise to whoever reads the output: this is its last line.
+    print(f"summary: {config.run_dir}/summary.json", flush=True)
+    return 0
+
+
+def _configured(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Namespace) -> "RunConfig":
+    from raydistill.config import apply_overrides
+
+    if arguments.preset is not None and arguments.preset not in presets:
+        known = ", ".join(presets) or "none, this job has no presets"
+        raise ConfigError(f"--preset {arguments.preset!r} is unknown; valid: {known}")
+    chosen = recipe if arguments.preset is None else presets[arguments.preset]
+    return apply_overrides(chosen(), arguments.overrides)
+
+
+def _show_plan(config: "RunConfig", *, with_settings: bool) -> int:
+    from raydistill.config import describe
+    from raydistill.plan import plan
+    from raydistill.runtime.run import resolve
+    from raydistill.runtime.settings import validate
+
+    config = resolve(config)
+    validate(config)
+    if with_settings:
+        print(describe(config), end="\n\n")
+    print(plan(config).table())
+    return 0
+
+
+def _load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
+    """Recipe and presets of a job file, or of the job that the registry has for a method's name."""
+    from raydistill.methods import METHODS
+
+    path = Path(METHODS[name].job if name in METHODS else name)
+    if not path.is_file():
+        known = ", ".join(METHODS)
+        raise ConfigError(
+            f"no job file {str(path)!r} here; give a path such as jobs/dmd2_coco.py or one of: {known}"
+        )
+    job = runpy.run_path(str(path), run_name="raydistill_job")
+    if not callable(job.get("recipe")):
+        raise ConfigError(f"{path} is no job file: it defines no function `recipe` that returns a RunConfig")
+    return job["recipe"], job.get("PRESETS", {})
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe, presets = _load_job(arguments.job)
+    return _run(recipe, presets, arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe, presets = _load_job(arguments.job)
+    return _show_plan(_configured(recipe, presets, arguments), with_settings=False)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.commands import sample
+
+    path = sample(
+        arguments.run,
+        prompts=arguments.prompt,
+        out=arguments.out,
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        step=arguments.step,
+        weights=arguments.weights,
+    )
+    print(path)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.commands import evaluate
+
+    metrics = evaluate(
+        arguments.run, num_samples=arguments.num_samples, step=arguments.step, weights=arguments.weights
+    )
+    print(json.dumps(metrics, indent=2))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.commands import export
+
+    print(export(arguments.run, arguments.out, step=arguments.step, weights=arguments.weights))
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from raydistill.config import to_dict
+    from raydistill.methods import METHODS
+
+    rows = [{"name": name, **to_dict(entry)} for name, entry in METHODS.items()]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        print(f"{row['name']}: {row['title']} (arXiv {row['paper']})")
+        print(textwrap.indent(f"needs  {row['needs']}\njob    {row['job']}", "    "))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime import local_cluster
+    from raydistill.runtime.submit import submit_and_follow
+
+    entrypoint = arguments.entrypoint[1:] if arguments.entrypoint[:1] == ["--"] else arguments.entrypoint
+    if not entrypoint:
+        raise ConfigError(
+            "submit needs a command after --, for example: raydistill submit -- python jobs/dmd2_coco.py"
+        )
+    started = False
+    try:
+        if arguments.address == "auto":
+            started = local_cluster.up().started_now
+        result = submit_and_follow(entrypoint, arguments.working_dir, arguments.address)
+    finally:
+        if started and arguments.stop_head:
+            local_cluster.down()
+    if result.message:
+        print(result.message, file=sys.stderr)
+    ending = f"{result.status}, exit code {result.exit_code}"
+    print(f"raydistill: job {result.submission_id} {ending}", file=sys.stderr)
+    return result.exit_code
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime import local_cluster
+
+    head = local_cluster.up()
+    whose = "not ours to stop" if head.pid is None else f"`raydistill down` stops it; log: {head.log}"
+    print(f"Ray head {'started' if head.started_now else 'runs'} at {head.address} ({whose})")
+    print(f"for `ray job submit`: export RAY_API_SERVER_ADDRESS={local_cluster.ADDRESS}")
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime import local_cluster
+
+    head = local_cluster.down()
+    print(f"stopped the Ray head at {head.address}" if head else "no Ray head of ours runs")
+    return 0
+
+
+_HELP = argparse.RawDescriptionHelpFormatter
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raydistill",
+        description="Distils many-step diffusion models into few-step generators, with Ray.",
+        epilog=_EXAMPLES,
+        formatter_class=_HELP,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str = "") -> Any:
+        description = f"{text[0].upper()}{text[1:]}.\n\n{textwrap.dedent(more)}"
+        each = commands.add_parser(name, help=text, description=description, formatter_class=_HELP)
+        each.set_defaults(command=command)
+        return each
+
+    train = add("train", _train, "run a job file in this process", _TRAIN)
+    _add_job_argument(train)
+    _add_run_arguments(train)
+    plan = add("plan", _plan, "what a job would allocate and compute, without doing it", _PLAN)
+    _add_job_argument(plan)
+    plan.add_argument("--preset", metavar="NAME", help="one of the job's other recipes")
+    plan.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings by dotted name")
+
+    sample = add("sample", _sample, "draw images with a run's generator", _SAMPLE)
+    _add_snapshot_arguments(sample)
+    sample.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
+    sample.add_argument(
+        "--num-images", type=int, default=4, metavar="N", help="images for each prompt (%(default)s)"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    sample.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (%(default)s)"
+    )
+    evaluate = add("evaluate", _evaluate, "measure a run's generator", _EVALUATE)
+    _add_snapshot_arguments(evaluate)
+    evaluate.add_argument(
+        "--num-samples", type=int, metavar="N", help="generated images; the run's own by default"
+    )
+    export = add("export", _export, "write a run's generator as a diffusers folder", _EXPORT)
+    _add_snapshot_arguments(export)
+    export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
+
+    methods = add("methods", _methods, "the methods, with paper, needs and job")
+    methods.add_argument("--json", action="store_true", help="as JSON")
+
+    submit = add("submit", _submit, "run a command as a Ray job and follow it to its end", _SUBMIT)
+    submit.add_argument(
+        "--address",
+        default="auto",
+        metavar="URL",
+        help="a head, http://HOST:PORT; auto: this machine's (%(default)s)",
+    )
+    submit.add_argument(
+        "--working-dir", default=".", metavar="DIR", help="where the command runs (%(default)s)"
+    )
+    submit.add_argument(
+        "--stop-head", action="store_true", help="afterwards stop the head if this command started it"
+    )
+    submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+    add("up", _up, "start a Ray head on this machine, if none runs", _UP)
+    add("down", _down, "stop the Ray head that raydistill started, and no other")
+    return parser
+
+
+def _add_job_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="a job file, jobs/dmd2_coco.py, or a method's name, dmd2")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, Recipe] | None = None) -> None:
+    names = f": {', '.join(presets)}" if presets else ""
+    parser.add_argument("--preset", metavar="NAME", help=f"one of the job's other recipes{names}")
+    parser.add_argument("--dry-run", action="store_true", help="print settings and plan, then stop")
+    parser.add_argument("--help-settings", action="store_true", help="print every setting with its meaning")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings by dotted name")
+
+
+def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="its snapshot at this update; the newest by default"
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="averaged or as trained; what the run evaluates by default"
+    )
+
+
+_TRAIN = """\
+Settings are dotted names: raydistill train jobs/dmd2_coco.py method.critic_updates_per_generator=10
+--help-settings lists them all. A run that was interrupted goes on when started again."""
+_PLAN = "Roles, bytes per role (GiB) and network forwards per update."
+_SAMPLE = 'raydistill sample runs/dmd2_coco --prompt "a red circle" --prompt "a blue square" --out grid.png'
+_EVALUATE = "Prints the metrics as JSON; a metric's name carries its number of samples."
+_EXPORT = "diffusers loads the folder: DiffusionPipeline.from_pretrained(FOLDER)"
+_SUBMIT = """\
+Starts a head on 127.0.0.1 if none runs, sends Ray's auth token where one exists, and attaches to the log
+again when it breaks off. Ctrl-C asks whether to stop the job. The exit code is the job's.
+
+  raydistill submit -- python jobs/dmd2_coco.py train.generator_updates=200"""
+_UP = """\
+The head listens on 127.0.0.1:8265 (or RAYDISTILL_DASHBOARD_PORT) and outlives this command."""
+
+
+if __name__ == "__main__":
+    main()

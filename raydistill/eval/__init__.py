@@ -1,0 +1,1 @@
+"""What a generator is worth: protocols, statistics, distances, and pictures. Images in, numbers out."""

@@ -1,0 +1,162 @@
+"""`plan(config)`: what a run will cost, before anything is allocated.
+
+The networks are built on the meta device, without weights: parameters give the bytes, a forward pass under
+`saved_tensors_hooks` the activations that a backward pass keeps, a FLOP counter the share e of the encoder half.
+
+Forward equivalents (peers.md 3.2): a forward pass of the whole batch through the UNet is 1; its backward pass costs 2
+with weight gradients and 1 with input gradients only; encoder-only passes cost e of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydistill.models.denoiser import Cond
+from raydistill.models.diffusers_hub import UNetDenoiser, denoiser_on_meta
+from raydistill.models.heads import BottleneckHead
+from raydistill.runtime.settings import RunConfig, teacher_folder
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Bytes of one role on one worker."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    ema: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per role and work per generator update."""
+
+    bytes_by_role: dict[str, RoleBytes]
+    forwards: dict[str, float]
+    """Forward equivalents of one generator update with its R critic updates, by role."""
+    encoder_share: float
+    """e, the encoder half's share of a forward pass's FLOPs."""
+    gflop_per_forward: float
+    """Of one sample through the UNet."""
+    batch_size: int
+    workers: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(role.total for role in self.bytes_by_role.values())
+
+    def table(self) -> str:
+        """For `--dry-run` and `raydistill plan`."""
+        lines = [f"{'GiB on each worker':<20}{'weights':>10}{'gradients':>11}{'optimiser':>11}{'EMA':>8}{'activations':>13}{'total':>9}"]
+        for name, role in self.bytes_by_role.items():
+            cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)
+            widths = (10, 11, 11, 8, 13, 9)
+            lines.append(f"{name:<20}" + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths, strict=True)))
+        lines.append(f"{'together':<20}{'':>53}{self.total_bytes / GIB:>9.4f}")
+        lines.append("")
+        lines.append("forward equivalents per generator update (1 = one batch through the UNet, backward pass 2):")
+        lines += [f"  {name:<18}{count:>8.2f}" for name, count in self.forwards.items()]
+        total = sum(self.forwards.values())
+        tflop = total * self.gflop_per_forward * self.batch_size / 1000
+        lines.append(f"  {'together':<18}{total:>8.2f}   ({tflop:.3f} TFLOP; encoder half e = {self.encoder_share:.2f})")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bytes": {name: vars(role) | {"total": role.total} for name, role in self.bytes_by_role.items()},
+            "total_bytes": self.total_bytes,
+            "forwards": self.forwards,
+            "encoder_share": self.encoder_share,
+            "gflop_per_forward": self.gflop_per_forward,
+        }
+
+
+def plan(config: RunConfig) -> Plan:
+    """The plan of a run. Raises ConfigError if the teacher's folder can't be read."""
+    denoiser, cond_shapes = denoiser_on_meta(teacher_folder(config.teacher), config.teacher.prediction)
+    return plan_for(config, denoiser, cond_shapes)
+
+
+def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
+    """The plan for a UNet on the meta device and the shapes of one sample's conditions."""
+    micro = config.micro_batch_size
+    unet = denoiser.unet
+    unet.train()
+    if config.train.activation_checkpointing:
+        unet.enable_gradient_checkpointing()
+    size = unet.config.sample_size
+    x = torch.empty(micro, unet.config.in_channels, size, size, device="meta")
+    t = torch.zeros(micro, device="meta")
+    cond = Cond({name: torch.empty(micro, *shape, device="meta") for name, shape in cond_shapes.items()})
+    with torch.no_grad():
+        full, half = _flops(lambda: denoiser(x, t, cond)), _flops(lambda: denoiser.features(x, t, cond))
+    share = half / full
+    r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
+    gan = config.method.gan_weight_generator > 0
+    own_features = gan and config.method.gan_features == "critic"
+    guided = 2.0 if config.teacher.guidance_scale != 1 else 1.0
+    backward = 3.0 if config.train.activation_checkpointing else 2.0
+    rollout = (n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0
+    gan_generator = 2 * share if gan else 0.0
+    gan_critic = r * 2 * share * (1 + backward if own_features else 1.0) if gan else 0.0
+    forwards = {
+        "generator": 1 + backward + rollout + (r - 1) * (1 + rollout),
+        "critic": 1 + r * (1 + backward) + (gan_generator + gan_critic if own_features else 0.0),
+        "teacher": guided + (gan_generator + gan_critic if gan and not own_features else 0.0),
+    }
+
+    weight_bytes = 2 if config.train.dtype == "bf16" else 4
+    activations = _saved_bytes(lambda: denoiser(x, t, cond)) * weight_bytes // 4
+    head = 0
+    if gan:
+        bottleneck = size // 2 ** (len(unet.config.block_out_channels) - 1)
+        with torch.device("meta"):
+            head = sum(p.numel() for p in BottleneckHead(denoiser.feature_channels, bottleneck).parameters())
+    parameters = sum(p.numel() for p in unet.parameters())
+    ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
+    # the critic's DSM and GAN graphs are alive together; the GAN batch holds fake and real samples
+    critic_graphs = 1 + (2 * share if own_features else 0.0)
+    roles = {
+        "teacher": RoleBytes(weights=parameters * (2 if config.teacher.dtype == "bf16" else 4)),
+        "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
+        "critic": RoleBytes(
+            4 * (parameters + head), 4 * (parameters + head), 8 * (parameters + head), 0, int(activations * critic_graphs)
+        ),
+    }
+    return Plan(
+        roles, forwards, share, full / micro / 1e9, config.train.batch_size, config.placement.workers
+    )
+
+
+def _flops(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _saved_bytes(call: Any) -> int:
+    """Bytes of the distinct tensors that a backward pass of `call` would keep, parameters left out."""
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):
+            seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    del result
+    return total
