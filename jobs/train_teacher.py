@@ -10,13 +10,14 @@ what this command printed.
 
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +32,19 @@ from raydistill.torchvision_ops import ensure_torchvision_importable
 ensure_torchvision_importable()
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from teacher_figures import (  # noqa: E402
+    Judge,
+    count,
+    encode,
+    file_figures,
+    reconstruction_figures,
+    sampling_figures,
+    to_floats,
+    tokenise,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from raydistill.data.scenes import SCENES_VERSION, write_scenes  # noqa: E402
-from raydistill.eval.features import COLOURS, SHAPES, load_scene_net, scene_net_sha256  # noqa: E402
 
 NUM_TOKENS = 20
 TEXT_WIDTH = 64
@@ -55,11 +65,8 @@ def main() -> None:
     latents = encode(vae, train_images)
     tokenizer = make_tokenizer(train_captions, args.work / "tokenizer")
     text_encoder, unet = make_networks(len(tokenizer), args.seed)
-    print(
-        "parameters:",
-        {n: count(m) for n, m in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder))},
-        flush=True,
-    )
+    parameters = {"unet": count(unet), "vae": count(vae), "text_encoder": count(text_encoder)}
+    print("parameters:", parameters, flush=True)
     nets = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     judge = Judge(val_images, val_captions, args.seed)
 
@@ -67,12 +74,23 @@ def main() -> None:
         pipeline = assemble(vae, tokenizer, weights["text_encoder"], weights["unet"])
         pipeline.save_pretrained(args.out, safe_serialization=True)
         write_vocabulary(tokenizer, args.out / "tokenizer")
+        for file in args.out.rglob("*.safetensors"):
+            file.chmod(0o644)  # transformers and diffusers write for the owner only
         return pipeline
 
-    ids = tokenise(tokenizer, train_captions)
-    final = train_denoiser(args, nets, latents, ids, tokenizer, publish, judge)
+    flat = [caption for five in train_captions for caption in five]
+    ids = tokenise(tokenizer, flat).view(len(train_captions), -1, NUM_TOKENS)
+    final = train_denoiser(args, nets, latents, ids, tokenise(tokenizer, [""])[0], publish, judge)
     pipeline = publish(final)
-    figures = measure(args, pipeline, judge, val_images, started)
+    figures: dict[str, Any] = {"parameters": parameters}
+    figures["training"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    figures["training"] |= {
+        "scenes_version": SCENES_VERSION,
+        "last_call_wall_s": round(time.time() - started),
+    }
+    figures["autoencoder"] = reconstruction_figures(vae, val_images)
+    figures |= sampling_figures(judge, pipeline, args.eval_samples, args.ddim_steps, args.guidance, args.work)
+    figures |= file_figures(args.out)
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
@@ -95,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kl-weight", type=float, default=1e-4, help="weight of the mean KL of a latent element"
     )
-    parser.add_argument("--steps", type=int, default=15000, help="optimiser steps of UNet and text encoder")
+    parser.add_argument("--steps", type=int, default=6500, help="optimiser steps of UNet and text encoder")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument(
         "--lr", type=float, default=1.2e-3, help="peak learning rate of UNet and text encoder"
@@ -105,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
         "--caption-dropout", type=float, default=0.1, help="share of captions replaced by the empty string"
     )
     parser.add_argument(
-        "--check-every", type=int, default=1500, help="steps between snapshots, each judged on 256 captions"
+        "--check-every", type=int, default=1000, help="steps between snapshots, each judged on 256 captions"
     )
     parser.add_argument(
         "--eval-samples", type=int, default=2000, help="samples per guidance scale for the figures"
@@ -119,10 +137,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def load_split(root: Path, split: str) -> tuple[Tensor, list[list[str]]]:
     """(images uint8 [N, 3, 32, 32], the five captions of each) of a split of the scenes folder."""
     table = json.loads((root / "annotations" / f"captions_{split}.json").read_text())
@@ -131,14 +145,6 @@ def load_split(root: Path, split: str) -> tuple[Tensor, list[list[str]]]:
     for note in table["annotations"]:
         captions[note["image_id"]].append(note["caption"])
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), list(captions.values())
-
-
-def to_floats(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 # Autoencoder
@@ -196,35 +202,6 @@ def train_autoencoder(args: argparse.Namespace, images: Tensor, val_images: Tens
     return vae
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Scaled latents [N, 4, 8, 8] (the posterior's mode)."""
-    scale = vae.config.scaling_factor
-    return torch.cat([vae.encode(to_floats(part)).latent_dist.mode() * scale for part in images.split(256)])
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images uint8 [N, 3, 32, 32] of scaled latents."""
-    return torch.cat(
-        [to_bytes(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(128)]
-    )
-
-
-@torch.no_grad()
-def reconstruction_figures(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
-    """PSNR over the validation images, and whether SceneNet still sees the same objects."""
-    net = load_scene_net()
-    rebuilt = decode(vae, encode(vae, images))
-    mse = (to_floats(images) - to_floats(rebuilt)).square().mean(dim=(1, 2, 3))
-    same = (net.objects(images) > 0) == (net.objects(rebuilt) > 0)
-    return {
-        "psnr_db": round((10 * torch.log10(4 / mse)).mean().item(), 2),
-        "same_objects": round(same.all(dim=(1, 2)).float().mean().item(), 4),
-        "toyfid": round(frechet(net.features(images), net.features(rebuilt)), 4),
-    }
-
-
 # Text
 
 
@@ -232,7 +209,7 @@ def make_tokenizer(captions: list[list[str]], folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte pairs are merged until each word of the captions is one token."""
     if not folder.exists():
         words = sorted({word for five in captions for caption in five for word in caption.split()})
-        # Letters that no caption ends or begins with have tokens too, so that any lower-case prompt can be read.
+        # Letters that end no word have tokens too, so that any lower-case prompt can be read.
         letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
         pieces, merges = [*letters, *(f"{letter}</w>" for letter in letters)], byte_pairs(words)
         pieces += [left + right for left, right in merges]
@@ -268,15 +245,6 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(state["vocab"], ensure_ascii=False))
     lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
-
-
-def tokenise(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
-    """Token ids [N, captions, 20]."""
-    flat = [caption for five in captions for caption in five]
-    ids = tokenizer(
-        flat, padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-    return ids.view(len(captions), -1, NUM_TOKENS)
 
 
 # Denoiser
@@ -341,8 +309,16 @@ def assemble(
     )
 
 
-def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.ModuleDict:
-    """The averaged weights after training on the eps loss with min-SNR-5 weights (arXiv:2303.09556, eq. 5)."""
+def train_denoiser(
+    args: argparse.Namespace,
+    nets: nn.ModuleDict,
+    latents: Tensor,
+    ids: Tensor,
+    empty: Tensor,
+    publish: Callable[[nn.ModuleDict], StableDiffusionPipeline],
+    judge: Judge,
+) -> nn.ModuleDict:
+    """The averaged weights after training on the eps loss, min-SNR-5 weighted (arXiv:2303.09556, eq. 5)."""
     averaged = copy.deepcopy(nets).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         nets.parameters(), lr=args.lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
@@ -350,7 +326,6 @@ def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.Mo
     alpha_bar = make_scheduler().alphas_cumprod
     snr = alpha_bar / (1 - alpha_bar)
     loss_weights = snr.clamp(max=5) / snr
-    empty = tokenise(tokenizer, [[""]])[0, 0]
     state_file, first = args.work / "denoiser.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -401,126 +376,6 @@ def train_denoiser(args, nets, latents, ids, tokenizer, publish, judge) -> nn.Mo
             shown = judge(pipeline, 256, args.ddim_steps, 3.0, grid=args.work / f"grid_{step + 1:06d}.png")
             print(f"\nstep {step + 1} loss {smooth_loss:.4f} {shown}", flush=True)
     return averaged
-
-
-# Figures
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two feature sets [N, 64], through the symmetrised product in float64."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
-class Judge:
-    """toyfid and prompt accuracy of a pipeline's samples for the captions of the validation split."""
-
-    def __init__(self, images: Tensor, captions: list[list[str]], seed: int) -> None:
-        self.net = load_scene_net()
-        self.captions = [five[index % len(five)] for index, five in enumerate(captions)]
-        with torch.no_grad():
-            self.reference = self.net.features(images)
-        self.seed = seed
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        pipeline: StableDiffusionPipeline,
-        num: int,
-        steps: int,
-        guidance: float,
-        grid: Path | None = None,
-        spacing: str = "leading",
-    ) -> dict[str, float]:
-        captions = self.captions[:num]
-        text = self._embed(pipeline, captions)
-        empty = self._embed(pipeline, [""])
-        noise = torch.randn(num, 4, 8, 8, generator=torch.Generator().manual_seed(self.seed + 1))
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
-        scheduler.set_timesteps(steps)
-        latents = []
-        for start in range(0, num, 64):
-            x, cond = noise[start : start + 64], text[start : start + 64]
-            both = torch.cat([cond, empty.expand(len(cond), -1, -1)])
-            for t in scheduler.timesteps:
-                if guidance == 1:
-                    eps = pipeline.unet(x, t, cond).sample
-                else:
-                    with_text, without = pipeline.unet(torch.cat([x, x]), t, both).sample.chunk(2)
-                    eps = without + guidance * (with_text - without)
-                x = scheduler.step(eps, t, x).prev_sample
-            latents.append(x)
-        images = decode(pipeline.vae, torch.cat(latents))
-        if grid is not None:
-            save_grid(images[:64], grid)
-            grid.with_suffix(".txt").write_text("\n".join(captions[:64]))
-        features, objects = self.net(images)
-        named = [named_objects(caption) for caption in captions]
-        right = [all(bool(objects[i, c, s] > 0) for c, s in pairs) for i, pairs in enumerate(named)]
-        single = [ok for ok, pairs in zip(right, named, strict=True) if len(pairs) == 1]
-        double = [ok for ok, pairs in zip(right, named, strict=True) if len(pairs) == 2]
-        return {
-            "prompt_accuracy": round(sum(right) / len(right), 4),
-            "prompt_accuracy_one_object": round(sum(single) / max(1, len(single)), 4),
-            "prompt_accuracy_two_objects": round(sum(double) / max(1, len(double)), 4),
-            "toyfid": round(frechet(features, self.reference), 4),
-        }
-
-    def _embed(self, pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
-        ids = tokenise(pipeline.tokenizer, [[caption] for caption in captions])[:, 0]
-        return torch.cat([pipeline.text_encoder(part).last_hidden_state for part in ids.split(256)])
-
-
-def named_objects(caption: str) -> list[tuple[int, int]]:
-    words = caption.split()
-    return [
-        (COLOURS.index(c), SHAPES.index(s))
-        for c, s in itertools.pairwise(words)
-        if c in COLOURS and s in SHAPES
-    ]
-
-
-def save_grid(images: Tensor, file: Path, columns: int = 8, zoom: int = 3) -> None:
-    rows = [torch.cat(list(row), dim=2) for row in images.split(columns) if len(row) == columns]
-    pixels = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
-
-
-def measure(
-    args, pipeline: StableDiffusionPipeline, judge: Judge, val_images: Tensor, started: float
-) -> dict:
-    """All figures, with the hashes of the files that they belong to."""
-    modules = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    figures: dict = {"parameters": {name: count(module) for name, module in modules.items()}}
-    figures["training"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    figures["scenes_version"] = SCENES_VERSION
-    figures["last_call_wall_s"] = round(time.time() - started)
-    figures["autoencoder"] = reconstruction_figures(pipeline.vae, val_images)
-    figures["samples"] = args.eval_samples
-    figures["captions"] = "caption number i % 5 of image i of the val split"
-    figures["reference"] = "2000 val images"
-    for guidance in args.guidance:
-        name = f"ddim_{args.ddim_steps}_guidance_{guidance:g}"
-        figures[name] = judge(
-            pipeline, args.eval_samples, args.ddim_steps, guidance, grid=args.work / f"final_{name}.png"
-        )
-        print(name, figures[name], flush=True)
-    figures["one_step_guidance_1"] = judge(pipeline, args.eval_samples, 1, 1.0, spacing="trailing")
-    with torch.no_grad():
-        first, second = judge.reference[::2], judge.reference[1::2]
-    figures["toyfid_between_val_halves"] = round(frechet(first, second), 4)
-    figures["scene_net_sha256"] = scene_net_sha256()
-    weights = sorted(args.out.rglob("*.safetensors"))
-    figures["sha256"] = {
-        str(f.relative_to(args.out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in weights
-    }
-    figures["bytes"] = sum(file.stat().st_size for file in weights)
-    return figures
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Nothing heavy is imported before a command is known, so `raydistill --help` answ
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import runpy
 import sys
 import textwrap
 import traceback
@@ -39,7 +39,7 @@ came from.
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The console script `raydistill`; ends the process with the command's exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(_parser(), argv)
     sys.exit(_guarded(lambda: arguments.command(arguments)))
 
 
@@ -55,8 +55,18 @@ def job_main(
     """
     parser = argparse.ArgumentParser(description=recipe.__doc__, formatter_class=_HELP)
     _add_run_arguments(parser, presets or {})
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     sys.exit(_guarded(lambda: _run(recipe, presets or {}, arguments)))
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before, between and after the options, which argparse alone does not allow."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -104,7 +114,7 @@ def _configured(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argpar
 
 def _show_plan(config: "RunConfig", *, with_settings: bool) -> int:
     from raydistill.config import describe
-    from raydistill.plan import plan
+    from raydistill.runtime.plan import plan
     from raydistill.runtime.run import resolve
     from raydistill.runtime.settings import validate
 
@@ -126,10 +136,15 @@ def _load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
         raise ConfigError(
             f"no job file {str(path)!r} here; give a path such as jobs/dmd2_coco.py or one of: {known}"
         )
-    job = runpy.run_path(str(path), run_name="raydistill_job")
-    if not callable(job.get("recipe")):
+    spec = importlib.util.spec_from_file_location("raydistill_job", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no job file: its name does not end in .py")
+    # Registered, because dataclasses find the names in their annotations through sys.modules.
+    job = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    if not callable(getattr(job, "recipe", None)):
         raise ConfigError(f"{path} is no job file: it defines no function `recipe` that returns a RunConfig")
-    return job["recipe"], job.get("PRESETS", {})
+    return job.recipe, getattr(job, "PRESETS", {})
 
 
 def _train(arguments: argparse.Namespace) -> int:

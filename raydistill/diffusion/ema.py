@@ -13,11 +13,12 @@ from raydistill.errors import CheckpointError, ConfigError
 class EMA:
     """Average of the weights that a module had, those of `halflife_images` images ago counting half.
 
-    Call `update` when the module has been updated, and only then. Parameters are averaged, in
-    float32 at least: in bfloat16 small steps would be lost. Buffers are copied.
-    With `ramp`, the half-life is at most `ramp * images_seen`, so that a young average follows the weights and
-    the first update copies them: EDM's warm-up (arXiv:2206.00364; 0.05 in its code). Only then does the result
-    depend on how the images are split into updates.
+    Call `update` when the module has been updated, and only then. Parameters are averaged, in float32 at
+    least: in bfloat16 small steps would be lost. Buffers are copied.
+
+    With `ramp`, the half-life is at most `ramp * images_seen`, so that a young average follows the weights:
+    EDM's warm-up (arXiv:2206.00364; 0.05 in its code), whose first update copies them. Only then does the
+    result depend on how the images are split into updates.
     """
 
     def __init__(self, module: nn.Module, halflife_images: float, ramp: float | None = None):

@@ -173,10 +173,7 @@ class TextToImage:
 
     def copy_denoiser(self, dtype: str) -> UNetDenoiser:
         """A trainable copy with fp32 weights of its own."""
-        clone = UNetDenoiser(
-            copy.deepcopy(self.denoiser.unet).float(), self.denoiser.schedule, self.denoiser.prediction, dtype
-        )
-        return clone.requires_grad_(True)
+        return copy_denoiser(self.denoiser, dtype)
 
     def to(self, device: torch.device | str) -> TextToImage:
         for module in (self.denoiser, self.vae, *self.text_encoders):
@@ -349,3 +346,56 @@ def denoiser_on_meta(path: str, prediction: str = "auto") -> tuple[UNetDenoiser,
         second = _read_json(folder / "text_encoder_2" / "config.json", path)
         shapes |= {"pooled": (second["projection_dim"],), "time_ids": (6,)}
     return UNetDenoiser(unet, schedule, predicted), shapes
+
+
+class PixelPipeline:
+    """A denoiser of pixels with random weights, for benchmarks: no codec, conditions stand in for text."""
+
+    def __init__(self, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]):
+        self.denoiser = denoiser
+        self.fingerprint = "random"
+        unet = denoiser.unet.config
+        self.latent_shape: tuple[int, int, int] = (unet.in_channels, unet.sample_size, unet.sample_size)
+        self._cond_shapes = cond_shapes
+
+    def null_cond(self, batch_size: int) -> Cond:
+        return Cond({name: torch.zeros(batch_size, *shape) for name, shape in self._cond_shapes.items()})
+
+    def copy_denoiser(self, dtype: str) -> UNetDenoiser:
+        return copy_denoiser(self.denoiser, dtype)
+
+    def to(self, device: torch.device | str) -> PixelPipeline:
+        self.denoiser.to(device)
+        return self
+
+
+def random_pixel_pipeline(
+    size: int, channels: Sequence[int], layers: int
+) -> tuple[PixelPipeline, UNetDenoiser, dict[str, tuple[int, ...]]]:
+    """A random-weight pixel UNet of EDM's proportions (attention in all but the first level), and its meta twin."""
+    shapes: dict[str, tuple[int, ...]] = {"text": (1, 64)}
+    levels = len(channels)
+    settings: dict[str, Any] = {
+        "sample_size": size,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers,
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
+        "up_block_types": ("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
+        "cross_attention_dim": 64,
+    }
+    schedule, prediction = schedule_from_diffusers(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+    )
+    with torch.device("meta"):
+        meta = UNet2DConditionModel(**settings)
+    unet = UNet2DConditionModel(**settings).eval().requires_grad_(False)
+    pipeline = PixelPipeline(UNetDenoiser(unet, schedule, prediction), shapes)
+    return pipeline, UNetDenoiser(meta, schedule, prediction), shapes
+
+
+def copy_denoiser(denoiser: UNetDenoiser, dtype: str) -> UNetDenoiser:
+    """A trainable copy with fp32 weights of its own that computes in `dtype`."""
+    unet = copy.deepcopy(denoiser.unet).float()
+    return UNetDenoiser(unet, denoiser.schedule, denoiser.prediction, dtype).requires_grad_(True)

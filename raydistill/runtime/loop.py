@@ -14,10 +14,10 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,18 @@ log = logging.getLogger(__name__)
 _PREFLIGHT_SAMPLES = 64
 
 
+class BatchSource(Protocol):
+    """Where batches come from: a `ShardReader`, or whatever stands in for one in a benchmark."""
+
+    counters: dict[str, int]
+
+    def batch(self, global_batch_index: int) -> Iterator[Batch]: ...
+
+
+OpenReader = Callable[[str, tuple[str, ...], int, int], BatchSource]
+"""(purpose, fields, global batch size, micro-batch size) -> source."""
+
+
 @dataclass
 class Progress:
     """How far the run has come."""
@@ -59,11 +71,19 @@ class Progress:
 class Trainer:
     """One rank's roles and data, and one window of updates on them."""
 
-    def __init__(self, config: RunConfig, session: Session):
+    def __init__(
+        self,
+        config: RunConfig,
+        session: Session,
+        pipeline: TextToImage | None = None,
+        open_reader: OpenReader | None = None,
+    ):
+        """pipeline, open_reader: instead of those that the settings name."""
         self.config = config
         self.session = session
         self.draws = Draws(config.seed)
-        self.pipeline: TextToImage = build.build_pipeline(config)
+        self.pipeline: TextToImage = pipeline or build.build_pipeline(config)
+        self._open = open_reader or self._open_shards
         self.method: Method = build.build_method(config, self.pipeline)
         self.generator: GeneratorTrainer = build.build_generator(
             config, self.pipeline, session.world, session.device
@@ -72,12 +92,12 @@ class Trainer:
             config, self.method, self.pipeline, session.world, session.device
         )
         self.teacher: TeacherScorer = build.build_teacher(config, self.pipeline, session.device)
+        size, micro = config.train.batch_size, config.micro_batch_size
         self.readers = {
-            "prompt/generator": self._reader("prompt/generator", ("text",)),
-            "prompt/critic": self._reader("prompt/critic", ("text",)),
+            purpose: self._open(purpose, ("text",), size, micro) for purpose in ("prompt/generator", "prompt/critic")
         }
         if self.method.needs.real_data:
-            self.readers["real"] = self._reader("real", ("latent", "text"))
+            self.readers["real"] = self._open("real", ("latent", "text"), size, micro)
         self.progress = Progress()
         self._data_s = 0.0
 
@@ -196,18 +216,16 @@ class Trainer:
                 return
             yield batch
 
-    def _reader(self, purpose: str, fields: tuple[str, ...], batch_size: int | None = None) -> ShardReader:
-        size = batch_size or self.config.train.batch_size
-        world = self.session.world
+    def _open_shards(self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int) -> ShardReader:
         return ShardReader(
             self.config.data,
             purpose=purpose,
             seed=self.config.seed,
             fields=fields,
-            batch_size=size,
-            micro_batch_size=size // world.size if batch_size else self.config.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=self.session.world.rank,
+            world_size=self.session.world.size,
             expect_encoder=self.pipeline.fingerprint,
         )
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _DRAIN_S = 3.0
+# A stream that has told nothing for this long may hang; attaching again costs one reading of the log.
+_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class JobResult:
     exit_code: int
     """The job's own where Ray knows it; else 0 for SUCCEEDED, 130 for STOPPED, 1 for FAILED."""
     message: str
-    """Ray's words where the job failed before or beside its command; empty where the command has an exit code."""
+    """Ray's words where the job failed without an exit code of its command; else empty."""
 
 
 def submit_and_follow(
@@ -69,7 +71,10 @@ def submit_and_follow(
     command = shlex.join(entrypoint)
     try:
         if local:
-            submission_id = client.submit_job(entrypoint=f"cd {shlex.quote(str(folder))} && exec {command}")
+            # A head that was started by hand may know another `python` than raydistill's.
+            path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+            shell = f"cd {shlex.quote(str(folder))} && export PATH={path} && exec {command}"
+            submission_id = client.submit_job(entrypoint=shell)
         else:
             submission_id = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
     except RuntimeError as error:
@@ -129,14 +134,17 @@ class _Output:
         self._write = write
         self._written = 0
         self._position = 0
+        self.last_text = time.monotonic()
 
     def restart(self) -> None:
         """The next text is the output's beginning again."""
         self._position = 0
+        self.last_text = time.monotonic()
 
     def feed(self, text: str) -> None:
         new = text[max(self._written - self._position, 0) :]
         self._position += len(text)
+        self.last_text = time.monotonic()
         if new:
             self._written += len(new)
             self._write(new)
@@ -157,7 +165,10 @@ async def _follow(
             stream = asyncio.create_task(_attach(client, submission_id, log))
         await asyncio.wait({stream}, timeout=_POLL_S)
         if stream.done():
+            stream.result()  # raises if passing the output on failed, as when stdout is closed
             await asyncio.sleep(0.2)  # a stream that is refused at once must not turn this into a busy loop
+        elif time.monotonic() - log.last_text > _SILENCE_S:
+            await _end(stream)
         try:
             details = await asyncio.to_thread(client.get_job_info, submission_id)
         except (OSError, RuntimeError) as error:
@@ -170,8 +181,7 @@ async def _follow(
         answered = time.monotonic()
         if details.status.is_terminal():
             await asyncio.wait({stream}, timeout=_DRAIN_S)
-            stream.cancel()
-            await asyncio.wait({stream})
+            await _end(stream)
             log.restart()
             log.feed(await asyncio.to_thread(client.get_job_logs, submission_id))
             return details
@@ -182,9 +192,18 @@ async def _attach(client: "JobSubmissionClient", submission_id: str, log: _Outpu
     import aiohttp
 
     log.restart()
-    with contextlib.suppress(aiohttp.ClientError, RuntimeError, OSError):
-        async for text in client.tail_job_logs(submission_id):
-            log.feed(text)
+    texts = aiter(client.tail_job_logs(submission_id))
+    while True:
+        try:
+            text = await anext(texts)
+        except (StopAsyncIteration, aiohttp.ClientError, RuntimeError, OSError):
+            return
+        log.feed(text)
+
+
+async def _end(stream: asyncio.Task[None]) -> None:
+    stream.cancel()
+    await asyncio.wait({stream})
 
 
 def _interrupted(

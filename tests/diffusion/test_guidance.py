@@ -15,7 +15,9 @@ def test_scale_zero_ignores_the_condition_and_one_is_no_guidance_exactly():
 
 @pytest.mark.parametrize("scale", [-1.0, 0.3, 2.0, 7.5])
 def test_guided_is_uncond_plus_scale_times_the_difference(scale):
-    torch.testing.assert_close(guide(COND, UNCOND, scale), UNCOND + scale * (COND - UNCOND), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        guide(COND, UNCOND, scale), UNCOND + scale * (COND - UNCOND), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_papers_with_an_extra_weight_agree():

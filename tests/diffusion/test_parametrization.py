@@ -74,12 +74,16 @@ def test_outputs_mean_what_their_names_say(schedule):
 
 def test_flow_of_linear_flow_is_noise_minus_data():
     x0, eps, x_t, t = a_batch(LinearFlowSchedule())
-    torch.testing.assert_close(from_x0(x0, x_t, t, LinearFlowSchedule(), "flow"), eps - x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        from_x0(x0, x_t, t, LinearFlowSchedule(), "flow"), eps - x0, rtol=0, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("prediction", ["v", "flow", "x0"])
 @pytest.mark.parametrize(
-    "schedule", [LinearFlowSchedule(), VPDiscreteSchedule(rescale_betas_zero_snr=True)], ids=["flow", "zero_snr"]
+    "schedule",
+    [LinearFlowSchedule(), VPDiscreteSchedule(rescale_betas_zero_snr=True)],
+    ids=["flow", "zero_snr"],
 )
 def test_x0_is_finite_at_pure_noise(schedule, prediction):
     x0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -135,7 +139,7 @@ SIGMA = torch.logspace(-3, 2, 40, dtype=torch.float64)
 def test_preconditioning_gives_unit_variances(sigma_data):
     p = EDMPreconditioner(sigma_data)
     ones = torch.ones_like(SIGMA)
-    # Input of the network and its training target (x0 - c_skip x)/c_out have unit variance (EDM, appendix B.6).
+    # The network's input and its target (x0 - c_skip x)/c_out have unit variance (EDM, appendix B.6).
     torch.testing.assert_close(p.c_in(SIGMA) ** 2 * (sigma_data**2 + SIGMA**2), ones, rtol=1e-12, atol=0)
     target = (1 - p.c_skip(SIGMA)) ** 2 * sigma_data**2 + p.c_skip(SIGMA) ** 2 * SIGMA**2
     torch.testing.assert_close(target, p.c_out(SIGMA) ** 2, rtol=1e-10, atol=0)

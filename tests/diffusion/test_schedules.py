@@ -27,6 +27,7 @@ SCHEDULES = {
     "vp_discrete_linear": VPDiscreteSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
     "vp_discrete_cosine": VPDiscreteSchedule(beta_schedule="squaredcos_cap_v2"),
     "vp_discrete_zero_snr": ZERO_SNR,
+    "vp_discrete_short": VPDiscreteSchedule.from_alphas_cumprod([0.9, 0.7, 0.4, 0.0]),
     "vp_cosine": VPCosineSchedule(),
     "linear_flow": LinearFlowSchedule(),
 }
@@ -140,7 +141,7 @@ def test_between_integers_the_log_snr_is_linear():
 def test_the_table_equals_diffusers(beta_schedule, rescale, steps):
     from diffusers import DDIMScheduler
 
-    betas = {"trained_betas": np.linspace(0.001, 0.3, steps).tolist()} if beta_schedule == "trained" else {}
+    betas = {"trained_betas": np.linspace(0.001, 0.02, steps).tolist()} if beta_schedule == "trained" else {}
     scheduler = DDIMScheduler(
         num_train_timesteps=steps,
         beta_start=0.00085,
@@ -240,6 +241,16 @@ def test_edm_sigma_rounded_to_float32_at_the_noisy_end_is_accepted_and_beyond_re
 def test_a_time_outside_the_schedule_is_refused(schedule, t):
     with pytest.raises(ConfigError, match=r"noise level t=.* outside .* schedule"):
         schedule.alpha(torch.tensor([0.5, t]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_an_accelerator_coefficients_are_the_same_and_a_time_outside_gives_nan():
+    for schedule in SCHEDULES.values():
+        t = times(schedule)
+        for method in (schedule.alpha, schedule.sigma, schedule.d_alpha, schedule.d_sigma):
+            torch.testing.assert_close(method(t.cuda()).cpu(), method(t), rtol=1e-12, atol=1e-12)
+        assert schedule.sigma(torch.tensor([schedule.t_clean - 1], device="cuda")).isnan().all()
 
 
 def test_add_noise_weighs_signal_and_noise_per_sample_in_the_dtype_of_x0():

@@ -1,0 +1,110 @@
+"""What the command line does with a finished or interrupted run: sample, evaluate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from raydistill.checkpoint import Snapshot, Snapshots
+from raydistill.diffusion.random import Draws
+from raydistill.diffusion.samplers import few_step
+from raydistill.errors import ConfigError
+from raydistill.eval.grids import grid_png
+from raydistill.eval.protocol import to_uint8
+from raydistill.models.diffusers_hub import TextToImage
+from raydistill.roles.critic import strip
+from raydistill.runtime.build import build_method, build_pipeline
+from raydistill.runtime.services import build_evaluator
+from raydistill.runtime.settings import RunConfig, config_from_dict
+from raydistill.runtime.summary import export_snapshot
+
+
+def open_run(run: str, step: int | None, weights: str | None) -> tuple[RunConfig, Snapshot]:
+    """Settings and snapshot of the run in a folder; the newest snapshot if no step is given.
+
+    Raises ConfigError if the folder holds none.
+    """
+    folder = Path(run).resolve()
+    snapshots = Snapshots(str(folder / "snapshots"), keep=1)
+    snapshot = snapshots.latest() if step is None else snapshots.read(step)
+    if snapshot is None:
+        raise ConfigError(f"{run} holds no snapshot; give the folder of a run, e.g. runs/dmd2_coco")
+    config = config_from_dict(snapshot.manifest["config"])
+    config = replace(config, name=folder.name, output_dir=str(folder.parent))
+    if weights is not None:
+        config = replace(config, evaluator=replace(config.evaluator, weights=weights))
+    if config.evaluator.weights == "ema" and config.generator.ema_halflife_images <= 0:
+        raise ConfigError(f"{run} kept no EMA (generator.ema_halflife_images=0); use --weights raw")
+    return config, snapshot
+
+
+def sample(
+    run: str,
+    *,
+    prompts: Sequence[str],
+    out: str,
+    num_images: int = 4,
+    seed: int = 0,
+    step: int | None = None,
+    weights: str | None = None,
+) -> Path:
+    """Draw `num_images` images for each prompt with a run's generator and write them as one PNG grid."""
+    config, snapshot = open_run(run, step, weights)
+    pipeline = build_pipeline(config)
+    pipeline.denoiser.load_state_dict(generator_weights(config, snapshot))
+    rows = []
+    for number, prompt in enumerate(prompts):
+        positions = range(number * num_images, (number + 1) * num_images)
+        rows.append((prompt, to_uint8(sample_images(config, pipeline, [prompt] * num_images, seed, positions))))
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(grid_png(rows, None))
+    return path
+
+
+@torch.no_grad()
+def sample_images(
+    config: RunConfig, pipeline: TextToImage, prompts: Sequence[str], seed: int, positions: Sequence[int]
+) -> torch.Tensor:
+    """Images [n, 3, H, W] in about [-1, 1]; sample n's noise depends on seed and positions[n] only."""
+    method = build_method(config, pipeline)
+    cond = pipeline.encode_text(prompts)
+    draws = Draws(seed)
+    latents = few_step(
+        lambda x_t, t: pipeline.denoiser(x_t, t, cond),
+        pipeline.denoiser.schedule,
+        method.sampling_times,
+        method.pure_noise(draws.normal("sample/noise", 0, positions, pipeline.latent_shape)),
+        noise=lambda number: draws.normal(f"sample/renoise_{number}", 0, positions, pipeline.latent_shape),
+    )
+    return pipeline.decode(latents)
+
+
+def evaluate(
+    run: str, *, num_samples: int | None = None, step: int | None = None, weights: str | None = None
+) -> dict[str, object]:
+    """Figures of a run's generator and of its teacher, with the protocol's hash."""
+    config, snapshot = open_run(run, step, weights)
+    if num_samples is not None:
+        config = replace(config, evaluator=replace(config.evaluator, num_samples=num_samples))
+    evaluator = build_evaluator(config)
+    answer = evaluator.evaluate(snapshot)
+    figures: dict[str, object] = dict(answer.metrics | evaluator.evaluate_teacher().metrics)
+    return figures | {"step": snapshot.step, "protocol_hash": answer.protocol["hash"]}
+
+
+def export(run: str, out: str, *, step: int | None = None, weights: str | None = None) -> Path:
+    """Write a run's generator as a diffusers folder. Raises ConfigError if `out` exists."""
+    if Path(out).exists():
+        raise ConfigError(f"{out} exists already; give a new folder")
+    config, snapshot = open_run(run, step, weights)
+    return export_snapshot(config, snapshot, Path(out))
+
+
+def generator_weights(config: RunConfig, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The weights that the run evaluates, by the names of its denoiser."""
+    tensors, _ = snapshot.part("generator")
+    return strip(tensors, "ema/" if config.evaluator.weights == "ema" else "weights/")

@@ -1,0 +1,198 @@
+"""The window of updates: ratio, accumulation, ranks, resume, and stopping before damage."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raydistill.checkpoint import Snapshots
+from raydistill.errors import CheckpointError, ConfigError, TrainingError
+from raydistill.roles.world import World
+from raydistill.runtime.loop import Trainer, manifest_of, resume
+from raydistill.runtime.settings import validate
+from tests.tiny import tiny_config, tiny_trainer
+
+NOISY = {"time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak_gib"}
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    parts = {"generator": trainer.generator.denoiser, "critic": trainer.critic.critic}
+    return {f"{role}/{name}": t.clone() for role, net in parts.items() for name, t in net.state_dict().items()}
+
+
+def figures(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name not in NOISY}
+
+
+@settings(max_examples=8, deadline=None)
+@given(micro=st.sampled_from([1, 2, 4, 8]), ratio=st.integers(1, 4))
+def test_accumulation_never_moves_the_ratio_and_equals_the_big_batch(micro: int, ratio: int) -> None:
+    torch.set_num_threads(1)
+    runs = []
+    for size in (8, micro):
+        trainer = tiny_trainer(
+            tiny_config(method={"critic_updates_per_generator": ratio}, train={"micro_batch_size": size})
+        )
+        for _ in range(2):
+            values = trainer.window()
+        assert (trainer.generator.optimizer.steps, trainer.critic.optimizer.steps) == (2, 2 * ratio)
+        assert (values["generator_updates"], values["critic_updates"]) == (2, 2 * ratio)
+        assert values["images"] == 2 * ratio * 8
+        runs.append((weights(trainer), values))
+    (big, big_values), (small, small_values) = runs
+    # the sums run in another order, and Adam's first steps divide a gradient by its own size
+    assert small_values["loss/dm"] == pytest.approx(big_values["loss/dm"], rel=1e-4)
+    assert small_values["loss/critic_total"] == pytest.approx(big_values["loss/critic_total"], rel=1e-4)
+    for name, tensor in big.items():
+        assert (small[name] - tensor).abs().max() < 2e-4, name
+
+
+def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_its_step() -> None:
+    trainer = tiny_trainer(tiny_config(method={"critic_updates_per_generator": 1}))
+    seen = []
+    original = trainer.method.critic_losses
+
+    def spy(critic, x, cond, real, draws):  # type: ignore[no-untyped-def]
+        seen.append(x.clone())
+        return original(critic, x, cond, real, draws)
+
+    trainer.method.critic_losses = spy  # type: ignore[method-assign]
+    before = trainer.generator.denoiser.state_dict()
+    untouched = tiny_trainer(tiny_config())
+    batch = next(untouched.readers["prompt/generator"].batch(0))
+    cond = untouched._cond(batch)
+    draws = untouched._phase_draws("generator", 0, batch)
+    expected = untouched.generator.sample(
+        untouched.method, cond, untouched.pipeline.latent_shape, None, draws, grad=False
+    )
+    assert before.keys() == untouched.generator.denoiser.state_dict().keys()
+    trainer.window()
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
+def test_generator_phase_leaves_no_gradient_on_critic_or_teacher() -> None:
+    trainer = tiny_trainer(tiny_config())
+    trainer._generator_update(0, gan_stage=True)
+    assert all(p.grad is None for p in trainer.critic.critic.parameters())
+    assert all(p.requires_grad for p in trainer.critic.critic.parameters())
+    assert all(p.grad is None for p in trainer.pipeline.denoiser.parameters())
+
+
+def test_gan_features_of_the_teacher_train_the_head_and_reach_the_generator() -> None:
+    trainer = tiny_trainer(tiny_config(method={"gan_features": "teacher"}))
+    assert trainer.method.needs.teacher == "vjp"
+    teacher = {n: t.clone() for n, t in trainer.pipeline.denoiser.state_dict().items()}
+    head = {n: t.clone() for n, t in trainer.critic.critic.head.state_dict().items()}  # type: ignore[union-attr]
+    values = trainer.window()
+    assert values["grad_norm/gan_generator"] > 0
+    assert any(not torch.equal(t, head[n]) for n, t in trainer.critic.critic.head.state_dict().items())  # type: ignore[union-attr]
+    assert all(torch.equal(t, teacher[n]) for n, t in trainer.pipeline.denoiser.state_dict().items())
+
+
+def test_ema_moves_once_for_each_generator_update() -> None:
+    trainer = tiny_trainer(tiny_config(method={"critic_updates_per_generator": 3}))
+    calls = []
+    update = trainer.generator.ema.update  # type: ignore[union-attr]
+    trainer.generator.ema.update = lambda images: (calls.append(images), update(images))  # type: ignore[union-attr, method-assign, func-returns-value]
+    trainer.window()
+    assert calls == [8]
+
+
+def test_four_step_rollout_runs_and_needs_no_real_data_without_a_gan() -> None:
+    method = {"timesteps": (999.0, 749.0, 499.0, 249.0), "gan_weight_generator": 0.0, "gan_weight_critic": 0.0}
+    trainer = tiny_trainer(tiny_config(method=method))
+    assert "real" not in trainer.readers
+    values = [trainer.window() for _ in range(3)]
+    assert all(v["loss/dm"] > 0 for v in values)
+
+
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    config = tiny_config()
+    whole = tiny_trainer(config)
+    expected = [figures(whole.window()) for _ in range(4)]
+
+    class Named:
+        run_id = "run"
+        world = World()
+
+    first = tiny_trainer(config)
+    for _ in range(2):
+        first.window()
+    snapshots = Snapshots(str(tmp_path), keep=1)
+    for role, owner in (("generator", first.generator), ("critic", first.critic)):
+        snapshots.write_part(2, role, *owner.save())
+    snapshots.commit(2, manifest_of(first, Named()))  # type: ignore[arg-type]
+    second = tiny_trainer(config)
+    resume(second, snapshots)
+    assert [figures(second.window()) for _ in range(2)] == expected[2:]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(second)[name]), name
+    for name, tensor in whole.generator.ema.weights().items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, second.generator.ema.weights()[name])  # type: ignore[union-attr]
+
+    with pytest.raises(ConfigError, match=r"generator.lr: 0.001 then, 0.002 now"):
+        resume(tiny_trainer(tiny_config(generator={"lr": 2e-3})), snapshots)
+    resume(tiny_trainer(tiny_config(train={"generator_updates": 9})), snapshots)
+    other = tiny_trainer(config)
+    other.pipeline.fingerprint = "another"
+    with pytest.raises(CheckpointError, match="another teacher"):
+        resume(other, snapshots)
+
+
+def test_non_finite_loss_stops_before_the_weights_move_and_names_the_term() -> None:
+    trainer = tiny_trainer(tiny_config())
+    trainer.window()
+    before = weights(trainer)
+    real = trainer.teacher.answer
+    trainer.teacher.answer = lambda query: real(query) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"generator step 1 .*non-finite .*loss/dm=nan"):
+        trainer.window()
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    config = tiny_config(train={"micro_batch_size": 4})
+    trainer = tiny_trainer(config, World(rank, 2))
+    values = [trainer.window() for _ in range(3)]
+    torch.save({"weights": weights(trainer), "values": [figures(v) for v in values]}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    # one rank that accumulates the same two halves differs from two ranks by the order of one addition
+    alone = tiny_trainer(tiny_config(train={"micro_batch_size": 4}))
+    expected = [figures(alone.window()) for _ in range(3)]
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in saved[0]["weights"].items():
+        assert torch.equal(tensor, saved[1]["weights"][name]), name
+        assert (tensor - weights(alone)[name]).abs().max() < 2e-4, name
+    for one, both in zip(expected, saved[0]["values"], strict=True):
+        assert both["loss/dm"] == pytest.approx(one["loss/dm"], rel=1e-4)
+        assert both["loss/dsm"] == pytest.approx(one["loss/dsm"], rel=1e-4)
+
+
+def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size=8 is not divisible .*train.micro_batch_size=3 = 3"):
+        validate(tiny_config(train={"micro_batch_size": 3}))

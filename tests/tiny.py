@@ -1,0 +1,75 @@
+"""A tiny real trainer for tests: random UNet on 3x8x8 pixels, normal data, no files."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.data.reader import Batch, DataConfig
+from raydistill.diffusion.random import Draws
+from raydistill.methods.dmd2 import DMD2Config
+from raydistill.models.diffusers_hub import PixelPipeline, random_pixel_pipeline
+from raydistill.roles.critic import CriticConfig
+from raydistill.roles.generator import GeneratorConfig
+from raydistill.roles.world import World
+from raydistill.runtime.loop import Trainer
+from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
+
+
+class NormalSource:
+    """Batches of normal samples with random conditions, a pure function of the global position."""
+
+    def __init__(self, purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World, shape: tuple[int, ...]):
+        self.purpose, self.fields, self.size, self.micro = purpose, fields, size, micro
+        self.world, self.shape = world, shape
+        self.draws = Draws(7)
+        self.counters: dict[str, int] = {}
+
+    def batch(self, index: int) -> Iterator[Batch]:
+        per_rank = self.size // self.world.size
+        first = index * self.size + self.world.rank * per_rank
+        for start in range(first, first + per_rank, self.micro):
+            positions = np.arange(start, start + self.micro)
+            text = {"text": self.draws.normal(f"{self.purpose}/text", 0, positions, (1, 64))}
+            x0 = self.draws.normal(self.purpose, 0, positions, self.shape) if "latent" in self.fields else None
+            yield Batch(positions, [], [""] * self.micro, None, x0, text)
+
+
+class PlainSession:
+    """One rank without tracker or evaluator."""
+
+    def __init__(self, world: World | None = None):
+        self.world = world or World()
+        self.device = torch.device("cpu")
+
+
+def tiny_pipeline(seed: int = 0) -> PixelPipeline:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return random_pixel_pipeline(8, (8, 16), 1)[0]
+
+
+def tiny_config(**sections: Any) -> RunConfig:
+    """Small settings that exercise everything: guidance, GAN, EMA."""
+    config = RunConfig(
+        name="tiny",
+        teacher=TeacherConfig(guidance_scale=2.0),
+        method=DMD2Config(critic_updates_per_generator=2, gan_weight_generator=0.01, gan_weight_critic=0.01),
+        generator=GeneratorConfig(lr=1e-3, warmup_steps=2, ema_halflife_images=20.0),
+        critic=CriticConfig(lr=1e-3, warmup_steps=2),
+        train=TrainConfig(batch_size=8, generator_updates=4, channels_last=False),
+        data=DataConfig(shards="none"),
+    )
+    return replace(config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()})
+
+
+def tiny_trainer(config: RunConfig, world: World | None = None) -> Trainer:
+    pipeline = tiny_pipeline()
+    session = PlainSession(world)
+
+    def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
+        return NormalSource(purpose, fields, size, micro, session.world, pipeline.latent_shape)
+
+    return Trainer(config, session, pipeline, source)  # type: ignore[arg-type]
