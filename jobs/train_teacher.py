@@ -130,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ddim-steps", type=int, default=25, help="sampling steps for the figures")
     parser.add_argument(
-        "--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0], help="guidance scales to measure"
+        "--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0], help="scales to measure"
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the batches and the noise")
@@ -366,7 +366,7 @@ def train_denoiser(
         optimizer.step()
         decay = min(args.ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averaged.parameters()), list(nets.parameters()), 1 - decay)
-        if step % 20 == 0:
+        if step % 20 == 0 or smooth_loss is None:
             smooth_loss = loss.item() if smooth_loss is None else 0.95 * smooth_loss + 0.05 * loss.item()
             bar.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{lr:.1e}")
         if (step + 1) % args.check_every == 0 or step + 1 == args.steps:

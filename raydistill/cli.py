@@ -259,34 +259,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str = "") -> Any:
-        description = f"{text[0].upper()}{text[1:]}.\n\n{textwrap.dedent(more)}"
+        description = f"{text[0].upper()}{text[1:]}.\n\n{more}"
         each = commands.add_parser(name, help=text, description=description, formatter_class=_HELP)
         each.set_defaults(command=command)
         return each
 
     train = add("train", _train, "run a job file in this process", _TRAIN)
     _add_job_argument(train)
-    _add_run_arguments(train)
+    _add_run_arguments(train, {})
     plan = add("plan", _plan, "what a job would allocate and compute, without doing it", _PLAN)
     _add_job_argument(plan)
-    plan.add_argument("--preset", metavar="NAME", help="one of the job's other recipes")
-    plan.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings by dotted name")
+    _add_recipe_arguments(plan, {})
 
     sample = add("sample", _sample, "draw images with a run's generator", _SAMPLE)
     _add_snapshot_arguments(sample)
     sample.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
     sample.add_argument(
-        "--num-images", type=int, default=4, metavar="N", help="images for each prompt (%(default)s)"
+        "--num-images", type=int, default=4, metavar="N", help="for each prompt (%(default)s)"
     )
-    sample.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    sample.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (%(default)s)"
-    )
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
+    sample.add_argument("--out", default="samples.png", metavar="FILE", help="PNG to write (%(default)s)")
     evaluate = add("evaluate", _evaluate, "measure a run's generator", _EVALUATE)
     _add_snapshot_arguments(evaluate)
-    evaluate.add_argument(
-        "--num-samples", type=int, metavar="N", help="generated images; the run's own by default"
-    )
+    evaluate.add_argument("--num-samples", type=int, metavar="N", help="images; as the run's own by default")
     export = add("export", _export, "write a run's generator as a diffusers folder", _EXPORT)
     _add_snapshot_arguments(export)
     export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
@@ -295,17 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="as JSON")
 
     submit = add("submit", _submit, "run a command as a Ray job and follow it to its end", _SUBMIT)
+    address = "a head, http://HOST:PORT, or auto for this machine's (%(default)s)"
+    submit.add_argument("--address", default="auto", metavar="URL", help=address)
     submit.add_argument(
-        "--address",
-        default="auto",
-        metavar="URL",
-        help="a head, http://HOST:PORT; auto: this machine's (%(default)s)",
+        "--working-dir", default=".", metavar="DIR", help="the command's folder (%(default)s)"
     )
     submit.add_argument(
-        "--working-dir", default=".", metavar="DIR", help="where the command runs (%(default)s)"
-    )
-    submit.add_argument(
-        "--stop-head", action="store_true", help="afterwards stop the head if this command started it"
+        "--stop-head", action="store_true", help="stop the head afterwards if this started it"
     )
     submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
     add("up", _up, "start a Ray head on this machine, if none runs", _UP)
@@ -317,22 +308,22 @@ def _add_job_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB", help="a job file, jobs/dmd2_coco.py, or a method's name, dmd2")
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, Recipe] | None = None) -> None:
+def _add_recipe_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, Recipe]) -> None:
     names = f": {', '.join(presets)}" if presets else ""
     parser.add_argument("--preset", metavar="NAME", help=f"one of the job's other recipes{names}")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings by dotted name")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, Recipe]) -> None:
+    _add_recipe_arguments(parser, presets)
     parser.add_argument("--dry-run", action="store_true", help="print settings and plan, then stop")
     parser.add_argument("--help-settings", action="store_true", help="print every setting with its meaning")
-    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings by dotted name")
 
 
 def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME")
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="its snapshot at this update; the newest by default"
-    )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="averaged or as trained; what the run evaluates by default"
-    )
+    parser.add_argument("--step", type=int, metavar="N", help="of which snapshot; the newest by default")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="averaged or not; as the run by default")
 
 
 _TRAIN = """\
@@ -347,8 +338,7 @@ Starts a head on 127.0.0.1 if none runs, sends Ray's auth token where one exists
 again when it breaks off. Ctrl-C asks whether to stop the job. The exit code is the job's.
 
   raydistill submit -- python jobs/dmd2_coco.py train.generator_updates=200"""
-_UP = """\
-The head listens on 127.0.0.1:8265 (or RAYDISTILL_DASHBOARD_PORT) and outlives this command."""
+_UP = "The head listens on 127.0.0.1:8265 (or RAYDISTILL_DASHBOARD_PORT) and outlives this command."
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Which images and captions does a COCO-format folder hold?
 
-    ROOT/annotations/captions_SPLIT.json      {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
-    ROOT/SPLIT/FILE_NAME                      or ROOT/images/SPLIT/FILE_NAME
+    ROOT/annotations/captions_SPLIT.json    {"images": [{"id", "file_name"}],
+                                             "annotations": [{"id", "image_id", "caption"}]}
+    ROOT/SPLIT/FILE_NAME                    or ROOT/images/SPLIT/FILE_NAME
 
-SPLIT may be written with or without COCO's year: `train` finds train2014 or train2017 where only one is there.
+SPLIT may be given without COCO's year: `train` finds train2014 or train2017 where only one is there.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ def find_coco(root: str | Path, split: str) -> CocoFiles:
     for folder in folders:
         if folder.is_dir():
             return CocoFiles(name, root / "annotations" / f"captions_{name}.json", folder)
-    raise DataError(f"the images of split {name!r} are not there: neither {folders[0]} nor {folders[1]} is a folder")
+    raise DataError(
+        f"the images of split {name!r} are not there: neither {folders[0]} nor {folders[1]} is a folder"
+    )
 
 
 def read_coco(root: str | Path, split: str) -> list[CocoImage]:
-    """Images of a split in the order of their ids, each with its captions in the order of the annotations' ids.
+    """Images of a split in the order of their ids, each with its captions in the order of theirs.
 
     Raises DataError where the annotations are not COCO captions or contradict themselves. Image files are not
     opened, and images without a caption are returned as they are.
@@ -87,22 +90,29 @@ def read_captions(files: CocoFiles) -> list[CocoImage]:
         data = json.loads(source.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{source} is not JSON: {first_line(error)}") from error
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
-        raise DataError(f"{source} is not a COCO captions file: it needs the lists `images` and `annotations`")
+    if not isinstance(data, dict) or not all(
+        isinstance(data.get(k), list) for k in ("images", "annotations")
+    ):
+        raise DataError(
+            f"{source} is not a COCO captions file: it needs the lists `images` and `annotations`"
+        )
     paths = _paths(files, data["images"])
     if not paths:
         raise DataError(f"{source} lists no images")
-    captions: dict[int, list[tuple[Any, str]]] = {image_id: [] for image_id in paths}
+    captions: dict[int, list[tuple[int, str]]] = {image_id: [] for image_id in paths}
     empty = 0
     for number, annotation in enumerate(data["annotations"]):
         try:
-            image_id, caption = annotation["image_id"], annotation["caption"].strip()
-        except (KeyError, TypeError, AttributeError):
-            raise DataError(f"{source}: annotation {number} has no image_id and text `caption`") from None
+            image_id, caption = int(annotation["image_id"]), annotation["caption"].strip()
+            place = int(annotation.get("id", number))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{source}: annotation {number} has no integer image_id and `caption`") from None
         if image_id not in captions:
-            raise DataError(f"{source}: a caption belongs to image id {image_id}, which `images` does not list")
+            raise DataError(
+                f"{source}: a caption belongs to image id {image_id}, which `images` does not list"
+            )
         if caption:
-            captions[image_id].append((annotation.get("id", number), caption))
+            captions[image_id].append((place, caption))
         else:
             empty += 1
     if empty:

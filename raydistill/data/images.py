@@ -1,4 +1,4 @@
-"""How a picture file becomes pixels: the same crop, the same resampling and the same range wherever images are read."""
+"""How a picture file becomes pixels: one crop, one resampling and one range wherever images are read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_signed(pixels: np.ndarray) -> Tensor:
 
 
 def load_image(path: str | Path, image_size: int) -> Tensor:
-    """The image file as [3, image_size, image_size] float32 in [-1, 1]. Raises DataError if it can't be read."""
+    """The image file as [3, image_size, image_size] float32 in [-1, 1]; raises DataError if unreadable."""
     try:
         with Image.open(path) as image:
             return to_signed(np.array(square(image, image_size)))

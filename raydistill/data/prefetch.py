@@ -4,9 +4,9 @@
        ^                                                                              │
        └────────────────────────── take(k+1) waits for future k+1 only ───────────────┘
 
-Which thread computes what, and when, changes nothing but the waiting: results are pure functions of their number.
-Threads are daemons, so that a read that hangs doesn't keep the process alive, and hold no strong reference to the
-owner, so that dropping it ends them.
+Which thread computes what, and when, changes nothing but the waiting: results are pure functions of their
+number. Threads are daemons, so that a read that hangs doesn't keep the process alive, and hold no strong
+reference to the owner, so that dropping it ends them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Window(Generic[T]):
     """Computes number k, k+1, ... ahead. For one consumer."""
 
     def __init__(self, compute: Callable[[int], T], *, num_threads: int, ahead: int):
-        """compute: a bound method, held weakly. num_threads: 0 computes in `take`. ahead: how many beyond the next."""
+        """compute: a bound method, held weakly. num_threads: 0 computes in `take`. ahead: results kept."""
         self._compute: weakref.WeakMethod[Any] = weakref.WeakMethod(compute)
         self._ahead = max(ahead, num_threads)
         self._num_threads = num_threads

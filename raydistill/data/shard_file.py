@@ -1,8 +1,8 @@
 """One open shard: which samples it holds and where in the tar their parts lie, so that any one is read alone.
 
-The tar's headers are scanned once and grouped into samples by webdataset's own rule. After that a latent or one
-caption's embedding is one read of just its bytes, straight into the batch: no shuffle buffer, no second copy, and
-for local files the page cache is the only cache.
+The tar's headers are scanned once and grouped into samples by webdataset's own rule. After that a latent or
+one caption's embedding is one read of just its bytes, straight into the batch: no shuffle buffer, no second
+copy, and for local files the page cache is the only cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import tarfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,16 +52,16 @@ class ShardFile:
         try:
             if isinstance(source, bytes):
                 self._bytes = memoryview(source)
-                self._size = len(source)
                 self._samples = _scan(io.BytesIO(source), url)
             else:
                 with open(source, "rb") as file:
-                    self._size = os.fstat(file.fileno()).st_size
                     self._samples = _scan(file, url)
                     self._fd = os.dup(file.fileno())
                 weakref.finalize(self, os.close, self._fd)
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise DataError(f"shard {url} is no whole tar file: {first_line(error)}; make or copy it again") from error
+            raise DataError(
+                f"shard {url} is no whole tar file: {first_line(error)}; make or copy it again"
+            ) from error
         except OSError as error:
             raise DataError(f"shard {url} can't be read: {error.strerror or first_line(error)}") from error
         self._captions: dict[int, list[str]] = {}
@@ -100,11 +101,13 @@ class ShardFile:
                 return self._part(sample, suffix)
         raise RejectedSample("image_missing")
 
-    def read_array(self, sample: int, name: str, out: np.ndarray, row: int | None = None, rows: int = 0) -> None:
+    def read_array(
+        self, sample: int, name: str, out: np.ndarray, row: int | None = None, rows: int = 0
+    ) -> None:
         """Fill `out` with NAME.npy, or with one row of it where the array has `rows` of them.
 
-        out: C-contiguous, of the shape wanted and a dtype that the stored one is cast to. Raises RejectedSample
-        for a missing, malformed or non-finite array and for one of another shape.
+        out: C-contiguous, of the shape wanted and a dtype that the stored one is cast to. Raises
+        RejectedSample for a missing, malformed or non-finite array and for one of another shape.
         """
         start, size = self._where(sample, f"{name}.npy")
         header = self._header(name, start, size)
@@ -115,7 +118,7 @@ class ShardFile:
         if row is not None:
             at += row * out.size * header.dtype.itemsize
         target = out if header.dtype == out.dtype else np.empty(out.shape, header.dtype)
-        self._read_into(memoryview(target).cast("B"), at)
+        self._read_into(target.data.cast("B"), at)
         if not np.isfinite(target).all():
             raise RejectedSample(f"{name}_not_finite")
         if target is not out:
@@ -142,7 +145,8 @@ class ShardFile:
             raw = bytearray(min(4096, size))
             self._read_into(memoryview(raw), start)
             known = _parse_header(name, bytes(raw))
-            self._headers[bytes(raw[:128])] = known
+            if known.size <= 128:
+                self._headers[bytes(raw[:128])] = known
         if size != known.size + math.prod(known.shape) * known.dtype.itemsize:
             raise RejectedSample(f"{name}_invalid", "its length is not what its header says")
         return known
@@ -153,7 +157,7 @@ class ShardFile:
             return
         done = 0
         while done < len(target):
-            # one call answers at most 2 GiB, and 0 bytes past the end of a file that was cut after it was opened
+            # one call answers at most 2 GiB, and nothing past the end of a file that was cut meanwhile
             count = os.preadv(self._fd, [target[done:]], start + done)
             if count == 0:
                 raise DataError(f"shard {self.url} became shorter while it was read")
@@ -181,9 +185,11 @@ def _parse_header(name: str, raw: bytes) -> _Header:
     file = io.BytesIO(raw)
     try:
         version = np.lib.format.read_magic(file)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = reader(file)
-    except (ValueError, KeyError) as error:
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version}")
+        read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+    except ValueError as error:
         raise RejectedSample(f"{name}_invalid", f"no numpy array: {first_line(error)}") from None
     if dtype.name not in ARRAY_DTYPES or not dtype.isnative:
         raise RejectedSample(f"{name}_dtype", f"{dtype}, not {' or '.join(ARRAY_DTYPES)}")
@@ -192,24 +198,19 @@ def _parse_header(name: str, raw: bytes) -> _Header:
     return _Header(dtype, tuple(shape), file.tell())
 
 
-_shared: weakref.WeakValueDictionary[tuple[Any, ...], ShardFile] = weakref.WeakValueDictionary()
-_shared_lock = threading.Lock()
+_shared: weakref.WeakValueDictionary[Hashable, ShardFile] = weakref.WeakValueDictionary()
+_opening: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)
 
 
-def shared_shard(url: str, source: str | bytes, sha256: str) -> ShardFile:
-    """A ShardFile that the readers of this process share while one of them holds it."""
-    if isinstance(source, str):
-        try:
-            stat = os.stat(source)
-        except OSError as error:
-            raise DataError(f"shard {url} can't be read: {error.strerror}") from error
-        identity: tuple[Any, ...] = (source, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    else:
-        identity = (url, sha256)
-    with _shared_lock:
+def shared_shard(url: str, identity: Hashable, source: Callable[[], str | bytes]) -> ShardFile:
+    """A ShardFile that the readers of this process share while one of them holds it.
+
+    identity: changes whenever the content does. source: gives the local path or the bytes, if they are
+    needed. Raises DataError.
+    """
+    with _opening[identity]:
         shard = _shared.get(identity)
-    if shard is None:
-        shard = ShardFile(url, source)
-        with _shared_lock:
-            shard = _shared.setdefault(identity, shard)
-    return shard
+        if shard is None:
+            shard = ShardFile(url, source())
+            _shared[identity] = shard
+        return shard

@@ -1,8 +1,9 @@
 """Which shards does a data set have, and in which order does a run see their samples?
 
-The order is a pure function of (seed, purpose, epoch, samples per shard, shuffle_shards): shards are permuted, taken
-`shuffle_shards` at a time as a block, and the samples of a block are permuted. Ranks, workers and batch sizes don't
-enter, so the n-th sample of the stream is the same for all of them and a cursor is one integer.
+The order is a pure function of (seed, purpose, epoch, samples per shard, shuffle_shards): shards are
+permuted, taken `shuffle_shards` at a time as a block, and the samples of a block are permuted. Ranks, workers
+and batch sizes don't enter, so the n-th sample of the stream is the same for all of them and a cursor is one
+integer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
+import logging
 import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +29,8 @@ from raydistill.data.shard_file import ShardFile, shared_shard
 from raydistill.data.storage import LocalFolder, RemoteFolder, is_remote
 from raydistill.diffusion.random import Draws
 from raydistill.errors import DataError
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 INDEX_NAME = "index.json"
@@ -52,6 +57,8 @@ class ShardIndex:
     """[C, h, w] of the scaled latents, or None without latents."""
     text_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape of one caption's arrays by name: {"text": (L, D)}; empty without embeddings."""
+    array_dtype: str = "float16"
+    """What latents and embeddings are stored as."""
     encoder: str | None = None
     """Fingerprint of what made latents and embeddings."""
     rejected: Mapping[str, int] = field(default_factory=dict)
@@ -74,7 +81,7 @@ class ShardIndex:
             version = content.pop("schema")
             if version != SCHEMA_VERSION:
                 raise DataError(
-                    f"{url} has schema version {version}, this raydistill reads {SCHEMA_VERSION}: prepare it again"
+                    f"{url} has schema version {version}, known is {SCHEMA_VERSION}: prepare the shards again"
                 )
             shapes = {key: content[key] and tuple(content[key]) for key in ("image_shape", "latent_shape")}
             texts = {name: tuple(shape) for name, shape in content["text_shapes"].items()}
@@ -83,11 +90,13 @@ class ShardIndex:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{url} is no shard index: {first_line(error)}; prepare the shards again") from error
+            raise DataError(
+                f"{url} is no shard index: {first_line(error)}; prepare the shards again"
+            ) from error
 
 
 class ShardSet:
-    """The shards that a `data.shards` value names, checked against their indexes, opened as they are needed."""
+    """The shards that `data.shards` names, checked against their indexes, opened as they are needed."""
 
     def __init__(
         self,
@@ -99,8 +108,8 @@ class ShardSet:
     ):
         """shards: a folder, one tar, or a glob over tars; local or a URL such as s3://bucket/prefix.
 
-        Raises DataError for an empty glob, a folder without index, a shard that is missing or has another size
-        than its index says, and for folders that hold different things.
+        Raises DataError for an empty glob, a folder without index, a shard that is missing or has another
+        size than its index says, and for folders that hold different things.
         """
         self.shards = shards
         self._max_open = max_open
@@ -108,7 +117,9 @@ class ShardSet:
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
         if not shards:
-            raise DataError("data.shards is empty: give a folder of shards, a glob over tars, or an s3:// URL")
+            raise DataError(
+                "data.shards is empty: give a folder of shards, a glob over tars, or an s3:// URL"
+            )
         indexes = []
         for folder, pattern in self._folders(shards, cache_dir, endpoint_url):
             index, infos = _listed(folder, pattern, shards)
@@ -116,16 +127,15 @@ class ShardSet:
             self._entries.extend((folder, info) for info in infos)
         first_folder, self.index = indexes[0]
         for folder, index in indexes[1:]:
-            for name in ("image_shape", "latent_shape", "text_shapes", "encoder"):
+            for name in ("image_shape", "latent_shape", "text_shapes", "array_dtype", "encoder"):
                 ours, theirs = getattr(self.index, name), getattr(index, name)
                 if ours != theirs:
                     raise DataError(
-                        f"data.shards={shards!r} joins folders of different {name}: {ours} in {first_folder.root}, "
-                        f"{theirs} in {folder.root}"
+                        f"data.shards={shards!r} joins folders of different {name}: {ours} in "
+                        f"{first_folder.root}, {theirs} in {folder.root}"
                     )
         if sum(self.counts) == 0:
             raise DataError(f"data.shards={shards!r} holds no samples")
-        self._opening = [threading.Lock() for _ in self._entries]
 
     @staticmethod
     def _folders(
@@ -180,23 +190,29 @@ class ShardSet:
             if known is not None:
                 self._open.move_to_end(shard)
                 return known
-        with self._opening[shard]:
-            with self._lock:
-                known = self._open.get(shard)
-            if known is not None:
-                return known
-            folder, info = self._entries[shard]
-            opened = shared_shard(self.url(shard), folder.shard(info.name, info.sha256), info.sha256)
-            if len(opened) != info.samples:
-                raise DataError(
-                    f"shard {self.url(shard)} holds {len(opened)} samples, {INDEX_NAME} says {info.samples}: "
-                    "it was replaced; prepare the shards again"
-                )
-            with self._lock:
-                self._open[shard] = opened
-                while len(self._open) > self._max_open:
-                    self._open.popitem(last=False)
+        folder, info = self._entries[shard]
+        identity = folder.identity(info.name, info.sha256)
+        opened = shared_shard(self.url(shard), identity, lambda: folder.shard(info.name, info.sha256))
+        if len(opened) != info.samples:
+            raise DataError(
+                f"shard {self.url(shard)} holds {len(opened)} samples, {INDEX_NAME} says {info.samples}: "
+                "it was replaced; prepare the shards again"
+            )
+        with self._lock:
+            self._open[shard] = opened
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
         return opened
+
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Download shards into the cache folder; what fails is logged, and raised when it is opened."""
+        for shard in shards:
+            folder, info = self._entries[shard]
+            try:
+                folder.shard(info.name, info.sha256)
+            except DataError as error:
+                log.warning("could not download ahead: %s", error)
+                return
 
 
 def _listed(
@@ -220,11 +236,13 @@ def _listed(
         infos = {name: infos[name] for name in names}
     for name, info in infos.items():
         if name not in sizes:
-            raise DataError(f"data.shards={shards!r}: shard {folder.path(name)} is missing ({INDEX_NAME} lists it)")
+            raise DataError(
+                f"data.shards={shards!r}: shard {folder.path(name)} is missing ({INDEX_NAME} lists it)"
+            )
         if sizes[name] != info.bytes:
             raise DataError(
-                f"data.shards={shards!r}: shard {folder.path(name)} has {sizes[name]} bytes, {INDEX_NAME} says "
-                f"{info.bytes}: it is truncated or was replaced; copy or prepare it again"
+                f"data.shards={shards!r}: shard {folder.path(name)} has {sizes[name]} bytes, not the "
+                f"{info.bytes} of {INDEX_NAME}: it is truncated or was replaced; copy or prepare it again"
             )
     return index, list(infos.values())
 
@@ -253,12 +271,16 @@ class EpochPlan:
     shuffled: bool
     blocks: tuple[Block, ...]
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [block.start for block in self.blocks]
+
     def block_at(self, offset: int) -> Block:
         """The block that holds the epoch's sample number `offset`."""
-        return self.blocks[bisect_right([block.start for block in self.blocks], offset) - 1]
+        return self.blocks[bisect_right(self._starts, offset) - 1]
 
     def order(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """The block's samples in the order they are seen: shard numbers [n] and sample numbers in them [n]."""
+        """The block's samples in the order they are seen: shard numbers [n], sample numbers in them [n]."""
         shards = np.repeat(np.asarray(block.shards, np.int64), block.counts)
         samples = np.concatenate([np.arange(count) for count in block.counts])
         if not self.shuffled:
@@ -268,15 +290,13 @@ class EpochPlan:
         return shards[order], samples[order]
 
 
-def plan(
-    seed: int, purpose: str, epoch: int, shard_counts: Sequence[int], shuffle_shards: int
-) -> EpochPlan:
-    """The order of an epoch over shards of these sample counts, shuffle_shards at a time; 0 keeps the stored order."""
+def plan(seed: int, purpose: str, epoch: int, shard_counts: Sequence[int], shuffle_shards: int) -> EpochPlan:
+    """The order of an epoch over shards of these sizes, shuffle_shards at a time; 0: the stored order."""
     if shuffle_shards == 0:
         shards = np.arange(len(shard_counts))
     else:
         shards = Draws(seed).permutation(f"data/{purpose}/shards", epoch, len(shard_counts))
-    size = shuffle_shards or len(shard_counts)
+    size = shuffle_shards or 1
     groups = [tuple(int(s) for s in shards[i : i + size]) for i in range(0, len(shards), size)]
     counts = [tuple(shard_counts[shard] for shard in group) for group in groups]
     starts = accumulate((sum(group) for group in counts), initial=0)

@@ -1,7 +1,7 @@
-"""How the bytes of a shard folder are reached: a local folder, or an object store through fsspec (s3fs for s3://).
+"""How the bytes of a shard folder are reached: a local disk, or an object store through fsspec (s3://: s3fs).
 
-Remote reads are retried with growing pauses. Credentials come from the environment or the machine's role, never
-from a URL or a setting, and are in no message.
+Remote reads are retried with growing pauses. Credentials come from the environment or the machine's role,
+never from a URL or a setting, and are in no message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -53,12 +53,20 @@ class LocalFolder:
         except OSError as error:
             raise DataError(f"{self.path(name)} can't be read: {error.strerror}") from error
 
+    def identity(self, name: str, sha256: str) -> Hashable:
+        """Equal for equal content, as far as can be told without reading it. Raises DataError."""
+        try:
+            stat = os.stat(self.path(name))
+        except OSError as error:
+            raise DataError(f"shard {self.path(name)} can't be read: {error.strerror}") from error
+        return self.path(name), stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     def shard(self, name: str, sha256: str) -> str | bytes:
         return self.path(name)
 
 
 class RemoteFolder:
-    """Shards under a URL; downloaded to `cache_dir` once per machine, or held in memory where there is none."""
+    """Shards under a URL; downloaded to `cache_dir` once per machine, or held in memory without one."""
 
     def __init__(self, root: str, *, cache_dir: str | None = None, endpoint_url: str | None = None):
         """endpoint_url: of an S3 service other than AWS. Raises ConfigError for a URL with credentials."""
@@ -92,14 +100,19 @@ class RemoteFolder:
         """Files and their bytes. Raises DataError if the folder is not there or can't be reached."""
         entries = self._retry(self.root, lambda: self._fs.ls(self._prefix, detail=True))
         return {
-            entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"
+            entry["name"].rsplit("/", 1)[-1]: int(entry["size"])
+            for entry in entries
+            if entry["type"] == "file"
         }
 
     def read(self, name: str) -> bytes:
         return self._retry(self.path(name), lambda: bytes(self._fs.cat_file(f"{self._prefix}/{name}")))
 
+    def identity(self, name: str, sha256: str) -> Hashable:
+        return self.path(name), sha256
+
     def shard(self, name: str, sha256: str) -> str | bytes:
-        """A local file with the shard's bytes, or the bytes. Raises DataError if they don't have this hash."""
+        """A local file with the shard's bytes, or the bytes. Raises DataError on another hash."""
         if self.cache_dir is None:
             return self._retry(self.path(name), lambda: self._checked(name, sha256))
         file = self.cache_dir / f"{sha256}.tar"
@@ -134,7 +147,8 @@ class RemoteFolder:
             except self._transient as error:
                 if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                     raise DataError(
-                        f"data.shards: no credentials for {path}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                        f"data.shards: no credentials for {path}; set AWS_ACCESS_KEY_ID and "
+                        "AWS_SECRET_ACCESS_KEY"
                     ) from error
                 if attempt == _RETRIES:
                     raise DataError(

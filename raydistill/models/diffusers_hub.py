@@ -384,6 +384,8 @@ def random_pixel_pipeline(
         "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
         "up_block_types": ("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
         "cross_attention_dim": 64,
+        "attention_head_dim": 4,
+        "norm_num_groups": min(32, channels[0] // 2),
     }
     schedule, prediction = schedule_from_diffusers(
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}

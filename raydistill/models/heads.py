@@ -18,7 +18,8 @@ class BottleneckHead(nn.Module):
     def __init__(self, channels: int, size: int):
         """channels, size: of the features [B, channels, size, size]."""
         super().__init__()
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+        # at least 4 channels a group: the last norm sees a 1x1 map, where a group of one would always be 0
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels >= 4 * g)
         layers: list[nn.Module] = []
         while size >= 2 * _KERNEL:
             layers += [

@@ -220,7 +220,7 @@ class Evaluator:
         latents = ddim(
             lambda x_t, t: denoise_guided(denoiser, x_t, t, cond, null, self.guidance_scale),
             denoiser.schedule,
-            trailing_times(self.config.teacher_steps),
+            [*trailing_times(self.config.teacher_steps), denoiser.schedule.t_clean],
             self._noise("eval/noise", indices),
         )
         return to_uint8(self.pipeline.decode(latents))

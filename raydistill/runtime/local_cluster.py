@@ -41,7 +41,9 @@ START_TIMEOUT_S = 180.0
 # Ray's 3 s are too short for a job to write the snapshot that SIGTERM asks for.
 JOB_STOP_WAIT_S = 60
 _PROBE_TIMEOUT_S = 5.0
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 15.0
+# The root ends its own within 3 s, but with a job running it waits for it without end.
+_ROOT_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,12 @@ def auth_headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
 
 
+def token_refused(url: str) -> RayDistillError:
+    """What to raise when the head at `url` answers 401 or 403."""
+    held = "the token here is not its own" if auth_headers() else "there is no token here"
+    return RayDistillError(f"the Ray head at {url} wants an auth token and {held}; set RAY_AUTH_TOKEN")
+
+
 def _url() -> str:
     text = os.environ.get("RAYDISTILL_DASHBOARD_PORT", str(DEFAULT_PORT))
     if not text.isdecimal() or not 1024 <= int(text) <= 65535:
@@ -204,10 +212,7 @@ def _ray_answers(url: str) -> bool:
                 return True
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            held = "the token here is not its own" if auth_headers() else "there is no token here"
-            raise RayDistillError(
-                f"the Ray head at {url} wants an auth token and {held}; set RAY_AUTH_TOKEN or another {port}"
-            ) from None
+            raise token_refused(url) from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ConnectionRefusedError):
             return False
@@ -327,9 +332,13 @@ def _end_tree(root: "psutil.Process") -> None:
     """SIGTERM to the root, which ends its own; then whatever of its descendants is left."""
     import psutil
 
-    descendants = root.children(recursive=True) if root.is_running() else []
-    for processes, kill in (([root], False), (descendants, False), ([root, *descendants], True)):
+    everything = [root, *root.children(recursive=True)] if root.is_running() else []
+    for processes, end, timeout_s in (
+        (everything[:1], psutil.Process.terminate, _ROOT_STOP_TIMEOUT_S),
+        (everything, psutil.Process.terminate, _STOP_TIMEOUT_S),
+        (everything, psutil.Process.kill, _STOP_TIMEOUT_S),
+    ):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill() if kill else process.terminate()
-        psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+                end(process)
+        _, everything = psutil.wait_procs(everything, timeout=timeout_s if everything else 0)

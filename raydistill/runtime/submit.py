@@ -90,12 +90,15 @@ def connect(address: str) -> "JobSubmissionClient":
 
     Raises RayDistillError if no head answers there or if it refuses the token.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     url = local_cluster.up().address if address in ("auto", local_cluster.ADDRESS) else address
     try:
         with _without_address_variables():
             return JobSubmissionClient(url, headers=local_cluster.auth_headers())
+    except AuthenticationError:
+        raise local_cluster.token_refused(url) from None
     except (ConnectionError, RuntimeError) as error:
         raise RayDistillError(f"no Ray head to submit to at {url}: {error}") from error
 

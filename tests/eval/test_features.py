@@ -130,8 +130,9 @@ def test_the_teachers_figures_belong_to_the_shipped_weights() -> None:
 
 def test_the_teachers_figures_reach_the_bar() -> None:
     figures = json.loads((TEACHER_FOLDER / "figures.json").read_text())
-    guided = figures["ddim_25_guidance_3"]
+    guided = figures["ddim_25_guidance_2"]
     assert figures["samples"] >= 1000
     assert figures["autoencoder"]["same_objects"] > 0.98
-    assert guided["prompt_accuracy"] >= 0.9
-    assert guided["toyfid"] < figures["one_step_guidance_1"]["toyfid"] / 8
+    assert guided["prompt_accuracy"] >= 0.95
+    # A distilled generator comes down from the one-step figure; there must be something to come down.
+    assert guided["toyfid"] < figures["one_step_guidance_1"]["toyfid"] / 20
