@@ -142,7 +142,7 @@ class ShardReader:
             lambda epoch, block: plans(epoch).order(plans(epoch).blocks[block])
         )
         self._downloading: set[tuple[int, int]] = set()
-        self._reading = ""
+        self._reading = 0
         self._check_first_shard()
         self._rejected: Counter[str] = Counter()
         self._accepted = 0
@@ -181,7 +181,7 @@ class ShardReader:
                 raise DataError(
                     f"no batch arrived in data.timeout_s={self.config.timeout_s:g} s: micro-batch {micro} of "
                     f"batch {global_batch_index} ({self.purpose}) of data.shards={self.config.shards!r}, "
-                    f"last at {self._reading}"
+                    f"last at {self._shards.url(self._reading)}"
                 ) from None
             self._accepted += len(loaded.batch.keys)
             self._rejected += loaded.rejected
@@ -239,7 +239,7 @@ class ShardReader:
         threading.Thread(target=self._shards.fetch, args=(following.shards,), daemon=True).start()
 
     def _open(self, shard: int) -> ShardFile:
-        self._reading = self._shards.url(shard)
+        self._reading = shard
         return self._shards.open(shard)
 
     def _check_share(self) -> None:

@@ -26,6 +26,7 @@ from raydistill.errors import ConfigError
 from raydistill.eval.features import IMAGE_SIZE, SceneNet, load_scene_net, scene_net_sha256
 from raydistill.eval.frechet import FeatureStatistics, frechet_distance
 from raydistill.eval.grids import grid_png
+from raydistill.eval.kid import kernel_distance
 from raydistill.eval.prompt_accuracy import prompt_accuracy
 from raydistill.eval.protocol import Protocol, to_uint8
 from raydistill.methods.method import Method
@@ -116,12 +117,15 @@ class Evaluator:
             )
         self.captions = [image.captions[0] for image in images[: config.num_samples]]
         self._reference = FeatureStatistics()
+        reference: list[Tensor] = []
         digest = hashlib.sha256()
         for start in range(0, len(images), config.batch_size):
             batch = [load_image(image.path, IMAGE_SIZE) for image in images[start : start + config.batch_size]]
             pixels = to_uint8(torch.stack(batch))
             digest.update(pixels.numpy().tobytes())
-            self._reference.update(self._net.features(pixels.to(device)))
+            reference.append(self._net.features(pixels.to(device)))
+            self._reference.update(reference[-1])
+        self._reference_features = torch.cat(reference)
         self.protocol = Protocol(
             name="scenes-val",
             metric="toyfid",
@@ -183,15 +187,17 @@ class Evaluator:
 
     def _figures(self, generate, protocol: Protocol, who: str) -> dict[str, float]:
         statistics = FeatureStatistics()
+        drawn: list[Tensor] = []
         shown: list[Tensor] = []
         for indices in self._batches():
-            images = generate(indices)
-            features, objects = self._net(images)
+            features, objects = self._net(generate(indices))
             statistics.update(features)
+            drawn.append(features)
             shown.append(objects.cpu())
         accuracy = prompt_accuracy(torch.cat(shown), self.captions)
         return {
             protocol.key(f"{who}toyfid"): frechet_distance(statistics, self._reference),
+            protocol.key(f"{who}toykid"): kernel_distance(torch.cat(drawn), self._reference_features),
             protocol.key(f"{who}prompt_accuracy"): accuracy,
         }
 

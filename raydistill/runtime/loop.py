@@ -25,6 +25,7 @@ from torch import Tensor
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
 from raydistill.data.reader import Batch, ShardReader
+from raydistill.data.shards import ShardSet
 from raydistill.diffusion.random import Draws
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.eval.protocol import count_label
@@ -103,9 +104,8 @@ class Trainer:
 
     def preflight(self) -> dict[str, float]:
         """The teacher's error on real samples by noise level; raises ConfigError if they don't fit each other."""
-        reader = self._reader(
-            "preflight", ("latent", "text"), batch_size=_PREFLIGHT_SAMPLES * self.session.world.size
-        )
+        size = _PREFLIGHT_SAMPLES
+        reader = self._open("preflight", ("latent", "text"), size * self.session.world.size, size)
         real = self._real(next(iter(reader.batch(0))))
         denoiser = self.pipeline.denoiser
         report = preflight(denoiser, real.x0, real.cond, self.draws, denoiser.prediction)
@@ -217,11 +217,16 @@ class Trainer:
             yield batch
 
     def _open_shards(self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int) -> ShardReader:
+        data = self.config.data
+        index = ShardSet(data.shards, cache_dir=data.cache_dir, endpoint_url=data.endpoint_url).index
+        # what the shards don't hold is encoded here, batch by batch
+        stored = {"latent": index.latent_shape is not None, "text": bool(index.text_shapes)}
+        wanted = ["image" if name == "latent" and not stored[name] else name for name in fields]
         return ShardReader(
-            self.config.data,
+            data,
             purpose=purpose,
             seed=self.config.seed,
-            fields=fields,
+            fields=[name for name in wanted if stored.get(name, True)],
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             rank=self.session.world.rank,

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,19 +70,15 @@ def submit_and_follow(
     local = address in ("auto", local_cluster.ADDRESS)
     client = connect(address)
     command = shlex.join(entrypoint)
-    try:
-        if local:
-            # A head that was started by hand may know another `python` than raydistill's.
-            path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-            shell = f"cd {shlex.quote(str(folder))} && export PATH={path} && exec {command}"
-            submission_id = client.submit_job(entrypoint=shell)
-        else:
-            submission_id = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
-    except RuntimeError as error:
-        raise RayDistillError(f"{client.get_address()} refused the job: {error}") from error
-    print(
-        f"raydistill: job {submission_id} at {client.get_address()}: {command}", file=sys.stderr, flush=True
-    )
+    if local:
+        # A head that was started by hand may know another `python` than raydistill's.
+        path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        shell = f"cd {shlex.quote(str(folder))} && export PATH={path} && exec {command}"
+        submission_id = _submit(client, shell, {}, lost_after_s)
+    else:
+        submission_id = _submit(client, command, {"working_dir": str(folder)}, lost_after_s)
+    where = f"{submission_id} at {client.get_address()}"
+    print(f"raydistill: job {where}: {command}", file=sys.stderr, flush=True)
     return follow(client, submission_id, write=write, lost_after_s=lost_after_s)
 
 
@@ -101,6 +98,25 @@ def connect(address: str) -> "JobSubmissionClient":
         raise local_cluster.token_refused(url) from None
     except (ConnectionError, RuntimeError) as error:
         raise RayDistillError(f"no Ray head to submit to at {url}: {error}") from error
+
+
+def _submit(
+    client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, str], lost_after_s: float
+) -> str:
+    # An id of our own: a submission whose answer got lost is repeated without running twice.
+    submission_id = f"raydistill_{uuid.uuid4().hex[:16]}"
+    deadline = time.monotonic() + lost_after_s
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            if "already exists" in str(error):
+                return submission_id
+            if not isinstance(error, OSError) or time.monotonic() > deadline:
+                raise RayDistillError(f"{client.get_address()} did not take the job: {error}") from error
+            time.sleep(_POLL_S)
 
 
 def follow(

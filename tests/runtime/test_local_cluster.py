@@ -249,7 +249,7 @@ def test_a_head_that_dies_under_a_job_is_reported_and_not_waited_for() -> None:
 
 
 @pytest.mark.ray
-def test_a_head_started_by_hand_with_a_token_is_used_and_never_stopped() -> None:
+def test_a_head_started_by_hand_with_a_token_is_used_and_never_stopped(tmp_path: Path) -> None:
     with own_home(TOKEN) as env, pytest.MonkeyPatch.context() as patch:
         use(patch, env)
         command = [BIN / "ray", "start", "--head", "--block", "--port=0", "--disable-usage-stats"]
@@ -271,7 +271,7 @@ def test_a_head_started_by_hand_with_a_token_is_used_and_never_stopped() -> None
             assert (found.pid, found.started_now) == (None, False)
             output: list[str] = []
             result = submit_and_follow(
-                ["echo", "hello from the job"], env["HOME"], found.address, write=output.append
+                ["echo", "hello from the job"], tmp_path, found.address, write=output.append
             )
             assert result.exit_code == 0
             assert "hello from the job" in "".join(output)
