@@ -1,6 +1,6 @@
 """Time one DMD2 generator update with its R critic updates; no Ray, on CPU or GPU.
 
-    python jobs/bench_step.py --out step.json                      the embedded latent size and an EDM-like pixel size
+    python jobs/bench_step.py --out step.json               the embedded latent size and an EDM-like pixel size
     python jobs/bench_step.py --size edm32 --batch 64 --gpu        CIFAR-10's 32x32 pixels with a UNet of 56 M parameters
 
 Each size runs the trainer's own code on random-weight or shipped networks, standard-normal samples standing in for the
@@ -47,12 +47,18 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sizes = "; ".join(f"{name}: {text}" for name, text in SIZES.items())
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["scenes", "edm16"], help=sizes)
     parser.add_argument("--batch", type=int, help="samples of an update (scenes 64, edm16 16, edm32 16)")
-    parser.add_argument("--updates", type=int, default=5, help="measured updates after one to warm up (%(default)s)")
-    parser.add_argument("--ratio", type=int, default=5, help="R, critic updates per generator update (%(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=5, help="measured updates after one to warm up (%(default)s)"
+    )
+    parser.add_argument(
+        "--ratio", type=int, default=5, help="R, critic updates per generator update (%(default)s)"
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="arithmetic (%(default)s)")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNets")
@@ -85,17 +91,20 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     )
 
     class NormalSource:
-        counters: dict[str, int] = {}
-
         def __init__(self, purpose: str, fields: tuple[str, ...], size: int, micro: int):
             self.purpose, self.fields, self.draws, self.size = purpose, fields, Draws(0), size
+            self.counters: dict[str, int] = {}
 
         def batch(self, index: int) -> Iterator[Batch]:
             import numpy as np
 
             positions = np.arange(index * self.size, (index + 1) * self.size)
             text = {n: self.draws.normal(f"{self.purpose}/{n}", 0, positions, s) for n, s in shapes.items()}
-            x0 = self.draws.normal(self.purpose, 0, positions, pipeline.latent_shape) if "latent" in self.fields else None
+            x0 = (
+                self.draws.normal(self.purpose, 0, positions, pipeline.latent_shape)
+                if "latent" in self.fields
+                else None
+            )
             yield Batch(positions, [], [""] * self.size, None, x0, text)
 
     class BenchSession:
@@ -123,7 +132,8 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     planned = plan_for(config, meta, shapes)
     median = statistics.median(seconds)
     equivalents = {
-        role: count.equivalents(planned.encoder_share) / batch / arguments.updates for role, count in counts.items()
+        role: count.equivalents(planned.encoder_share) / batch / arguments.updates
+        for role, count in counts.items()
     }
     return {
         "size": size,
@@ -131,7 +141,9 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         "critic_updates_per_generator": arguments.ratio,
         "parameters": parameter_count(pipeline.denoiser),
         "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name() if arguments.gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if arguments.gpu
+        else f"cpu, {torch.get_num_threads()} threads",
         "seconds_median": median,
         "seconds": seconds,
         "samples_per_s": batch * arguments.ratio / median,
@@ -215,7 +227,9 @@ def show(result: dict[str, Any]) -> None:
         f"(beside {result['process_gib_before']:.2f} GiB of Python and libraries)"
     )
     for role, counted in result["forward_equivalents"].items():
-        print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {result['forward_equivalents_planned'][role]:7.2f}")
+        print(
+            f"  {role:<10} {counted:7.2f} forward equivalents, planned {result['forward_equivalents_planned'][role]:7.2f}"
+        )
 
 
 def machine() -> dict[str, Any]:

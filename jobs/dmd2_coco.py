@@ -1,14 +1,12 @@
 """DMD2 on captioned images: distil a text-to-image teacher into a one-step generator.
 
-    python jobs/dmd2_coco.py                                  the embedded teacher and data, a few minutes on two cores
-    python jobs/dmd2_coco.py --dry-run                        settings, bytes per role, forwards per update
-    python jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ratio10
-    python jobs/dmd2_coco.py --preset long                    up to the teacher's quality, within an hour
-    python jobs/dmd2_coco.py --preset four_step               four steps with backward simulation
-    ray job submit -- python jobs/dmd2_coco.py                the same under Ray
+python jobs/dmd2_coco.py                                  the embedded teacher and data, a few minutes on two cores
+python jobs/dmd2_coco.py --dry-run                        settings, bytes per role, forwards per update
+python jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ratio10
+python jobs/dmd2_coco.py --preset long                    up to the teacher's quality, within an hour
+python jobs/dmd2_coco.py --preset four_step               four steps with backward simulation
+ray job submit -- python jobs/dmd2_coco.py                the same under Ray
 """
-
-from dataclasses import replace
 
 from raydistill.cli import job_main
 from raydistill.data.reader import DataConfig

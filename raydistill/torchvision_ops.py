@@ -22,7 +22,7 @@ def ensure_torchvision_importable() -> bool:
     Returns True if schemas were declared, False if nothing had to be done (a matching pair, or no torchvision).
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except ModuleNotFoundError:
         return False
     except RuntimeError as error:
@@ -32,12 +32,14 @@ def ensure_torchvision_importable() -> bool:
         return False
     import torch
 
-    for name in [module for module in sys.modules if module == "torchvision" or module.startswith("torchvision.")]:
+    for name in [
+        module for module in sys.modules if module == "torchvision" or module.startswith("torchvision.")
+    ]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)
     _libraries.append(library)  # a collected Library takes its operators away
-    import torchvision  # noqa: F401, F811
+    import torchvision  # noqa: F401
 
     return True

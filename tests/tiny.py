@@ -21,7 +21,15 @@ from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
 class NormalSource:
     """Batches of normal samples with random conditions, a pure function of the global position."""
 
-    def __init__(self, purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World, shape: tuple[int, ...]):
+    def __init__(
+        self,
+        purpose: str,
+        fields: tuple[str, ...],
+        size: int,
+        micro: int,
+        world: World,
+        shape: tuple[int, ...],
+    ):
         self.purpose, self.fields, self.size, self.micro = purpose, fields, size, micro
         self.world, self.shape = world, shape
         self.draws = Draws(7)
@@ -33,7 +41,9 @@ class NormalSource:
         for start in range(first, first + per_rank, self.micro):
             positions = np.arange(start, start + self.micro)
             text = {"text": self.draws.normal(f"{self.purpose}/text", 0, positions, (1, 64))}
-            x0 = self.draws.normal(self.purpose, 0, positions, self.shape) if "latent" in self.fields else None
+            x0 = (
+                self.draws.normal(self.purpose, 0, positions, self.shape) if "latent" in self.fields else None
+            )
             yield Batch(positions, [], [""] * self.micro, None, x0, text)
 
 
@@ -62,7 +72,9 @@ def tiny_config(**sections: Any) -> RunConfig:
         train=TrainConfig(batch_size=8, generator_updates=4, channels_last=False),
         data=DataConfig(shards="none"),
     )
-    return replace(config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()})
+    return replace(
+        config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    )
 
 
 def tiny_trainer(config: RunConfig, world: World | None = None) -> Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ def square(image: Image.Image, size: int) -> Image.Image:
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     box = (left, top, left + edge, top + edge)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    # resize(box=...) would let the filter reach beyond the square
+    return image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def to_signed(pixels: np.ndarray) -> Tensor:
@@ -51,3 +53,8 @@ def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def progress_interval_s() -> float:
+    """Seconds between redraws of a progress bar: a log file gets a line now and then, a terminal a moving bar."""
+    return 0.2 if sys.stderr.isatty() else 10.0

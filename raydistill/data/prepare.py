@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from raydistill.data.coco import CocoImage, find_coco, read_captions
 from raydistill.data.entries import Encoder, Picture, Shapes, entries, join_shape, stored_picture
-from raydistill.data.images import UNDECODABLE, first_line
+from raydistill.data.images import UNDECODABLE, first_line, progress_interval_s
 from raydistill.data.shards import INDEX_NAME, SCHEMA_VERSION, ShardIndex, ShardInfo
 from raydistill.data.storage import is_remote
 from raydistill.errors import DataError
@@ -138,7 +138,13 @@ class _Writer:
             # from here on, until it is written again, the folder is no data set
             (self.out / INDEX_NAME).unlink(missing_ok=True)
         self._rejected = sum((Counter(shard.rejected) for shard in ready.values()), Counter())
-        with tqdm(total=len(self.images), desc="shards", unit="img", disable=not progress) as bar:
+        with tqdm(
+            total=len(self.images),
+            desc="shards",
+            unit="img",
+            disable=not progress,
+            mininterval=progress_interval_s(),
+        ) as bar:
             for number, start in enumerate(starts):
                 images = self.images[start : start + size]
                 if number in ready:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from raydistill.data.images import progress_interval_s
 from raydistill.errors import DataError
 from raydistill.eval.features import COLOURS, IMAGE_SIZE, SHAPES
 
@@ -286,7 +287,13 @@ def write_scenes(
         partial.mkdir(exist_ok=True)
         _write(partial / _MANIFEST, json.dumps(wanted).encode())
         hashes = {}
-        with tqdm(total=num_train + num_val, desc="scenes", unit="img", disable=not progress) as bar:
+        with tqdm(
+            total=num_train + num_val,
+            desc="scenes",
+            unit="img",
+            disable=not progress,
+            mininterval=progress_interval_s(),
+        ) as bar:
             for split, count in (("train", num_train), ("val", num_val)):
                 hashes[split] = _write_split(partial, split, count, seed, bar)
         _write(partial / _MANIFEST, json.dumps(wanted | {"captions_sha256": hashes}, indent=1).encode())

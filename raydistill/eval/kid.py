@@ -15,7 +15,7 @@ def kernel_distance(a: Tensor, b: Tensor, seed: int = 0) -> float:
     from cleanfid.fid import kernel_distance as clean_kernel_distance
 
     state = np.random.get_state()
-    np.random.seed(seed)  # noqa: NPY002 (clean-fid draws its subsets from numpy's global generator)
+    np.random.seed(seed)
     try:
         return float(clean_kernel_distance(a.double().cpu().numpy(), b.double().cpu().numpy()))
     finally:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -67,8 +68,10 @@ class DMD2Config:
                 f"method.critic_updates_per_generator={self.critic_updates_per_generator} must be at least 1"
             )
         times = self.timesteps
-        if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
-            raise ConfigError(f"method.timesteps={times} must be descending noise levels, e.g. 999,749,499,249")
+        if not times or any(a <= b for a, b in pairwise(times)):
+            raise ConfigError(
+                f"method.timesteps={times} must be descending noise levels, e.g. 999,749,499,249"
+            )
         if not 0 <= self.dm_min_level < self.dm_max_level <= 1:
             raise ConfigError(
                 f"method.dm_min_level={self.dm_min_level} and method.dm_max_level={self.dm_max_level} "
@@ -145,7 +148,9 @@ class DMD2(Method):
         t = draws.times("dm/t", self._dm_times)
         x_t = self.schedule.add_noise(x.detach(), t, draws.normal("dm/noise", x.shape[1:]))
         asked = {
-            "real": Query(network="teacher", want="x0", x_t=x_t, t=t, cond=cond, guidance_scale=self.guidance_scale),
+            "real": Query(
+                network="teacher", want="x0", x_t=x_t, t=t, cond=cond, guidance_scale=self.guidance_scale
+            ),
             "fake": Query(network="critic", want="x0", x_t=x_t, t=t, cond=cond),
         }
         if self.gan_on(draws.step):
@@ -154,7 +159,9 @@ class DMD2(Method):
             asked["logit"] = Query(network="critic", want="logit", x_t=noised, t=t_gan, cond=cond)
         return asked
 
-    def generator_losses(self, x: Tensor, queries: Mapping[str, Query], answers: Mapping[str, Tensor]) -> Losses:
+    def generator_losses(
+        self, x: Tensor, queries: Mapping[str, Query], answers: Mapping[str, Tensor]
+    ) -> Losses:
         g = distribution_matching_gradient(x.detach(), answers["real"], answers["fake"])
         terms = {"dm": 0.5 * F.mse_loss(x, (x - g).detach())}
         scalars = {
@@ -177,11 +184,15 @@ class DMD2(Method):
         scalars: dict[str, Tensor] = {}
         if self.gan_on(draws.step // self.critic_updates_per_generator):
             assert real is not None
-            t_both = torch.cat([draws.times("gan_fake/t", self._all_times), draws.times("gan_real/t", self._all_times)])
+            t_both = torch.cat(
+                [draws.times("gan_fake/t", self._all_times), draws.times("gan_real/t", self._all_times)]
+            )
             noise = torch.cat([draws.normal(f"gan_{side}/noise", x.shape[1:]) for side in ("fake", "real")])
             noised = self.schedule.add_noise(torch.cat([x, real.x0]), t_both, noise)
             fake, true = critic.logits(noised, t_both, Cond.cat([cond, real.cond])).chunk(2)
-            terms["gan_critic"] = self.config.gan_weight_critic * (F.softplus(fake) + F.softplus(-true)).mean()
+            terms["gan_critic"] = (
+                self.config.gan_weight_critic * (F.softplus(fake) + F.softplus(-true)).mean()
+            )
             scalars["critic/fake_accuracy"] = (fake < 0).float().mean()
             scalars["critic/real_accuracy"] = (true > 0).float().mean()
         return Losses(terms, scalars)

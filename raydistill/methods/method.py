@@ -79,7 +79,12 @@ class PhaseDraws:
     """The draws of one micro-batch of one optimiser step of one phase."""
 
     def __init__(
-        self, draws: Draws, phase: str, step: int, positions: Sequence[int] | np.ndarray, device: torch.device | str
+        self,
+        draws: Draws,
+        phase: str,
+        step: int,
+        positions: Sequence[int] | np.ndarray,
+        device: torch.device | str,
     ):
         """positions: global indices of the samples in this step's batch. step: counts this phase's optimiser steps."""
         self._draws = draws
@@ -140,7 +145,9 @@ class Method(ABC):
         """What the losses at the generated samples x need from the other networks."""
 
     @abstractmethod
-    def generator_losses(self, x: Tensor, queries: Mapping[str, Query], answers: Mapping[str, Tensor]) -> Losses:
+    def generator_losses(
+        self, x: Tensor, queries: Mapping[str, Query], answers: Mapping[str, Tensor]
+    ) -> Losses:
         """Losses as functions of x (a leaf that requires a gradient) and the answers."""
 
     @abstractmethod

@@ -160,7 +160,9 @@ class TextToImage:
             hidden.append(output.hidden_states[-2].float())  # SDXL reads the last but one layer of both
             pooled = output[0].float()
         assert pooled is not None
-        return Cond({"text": torch.cat(hidden, dim=-1), "pooled": pooled, "time_ids": self._time_ids(len(captions))})
+        return Cond(
+            {"text": torch.cat(hidden, dim=-1), "pooled": pooled, "time_ids": self._time_ids(len(captions))}
+        )
 
     def null_cond(self, batch_size: int) -> Cond:
         """The unconditional half of guidance: the empty prompt (SD), zeros with the usual time ids (SDXL)."""
@@ -201,13 +203,17 @@ def load_pipeline(
     index = _read_json(folder / "model_index.json", path)
     for part in ("unet", "vae", "scheduler", "tokenizer", "text_encoder"):
         if part not in index or not (folder / part).is_dir():
-            raise ConfigError(f"teacher.path={path!r} has no {part}/ folder; needed: unet, vae, scheduler, tokenizer, text_encoder")
+            raise ConfigError(
+                f"teacher.path={path!r} has no {part}/ folder; needed: unet, vae, scheduler, tokenizer, text_encoder"
+            )
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
     if prediction != "auto":
         scheduler_config = scheduler_config | {"prediction_type": prediction}
     schedule, predicted = schedule_from_diffusers(scheduler_config)
 
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=DTYPES[dtype], use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(
+        folder / "unet", torch_dtype=DTYPES[dtype], use_safetensors=True
+    )
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     encoders: list[nn.Module] = []
     tokenizers = []
@@ -215,7 +221,9 @@ def load_pipeline(
         if (folder / f"text_encoder{number}").is_dir():
             encoder_class = getattr(transformers, index[f"text_encoder{number}"][1])
             encoders.append(
-                encoder_class.from_pretrained(folder / f"text_encoder{number}", dtype=torch.float32, use_safetensors=True)
+                encoder_class.from_pretrained(
+                    folder / f"text_encoder{number}", dtype=torch.float32, use_safetensors=True
+                )
             )
             tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
     for module in (unet, vae, *encoders):
@@ -233,7 +241,12 @@ def load_pipeline(
 
 
 def export_pipeline(
-    teacher_path: str, weights: dict[str, Tensor], out: Path, *, timesteps: Sequence[int], revision: str | None = None
+    teacher_path: str,
+    weights: dict[str, Tensor],
+    out: Path,
+    *,
+    timesteps: Sequence[int],
+    revision: str | None = None,
 ) -> Path:
     """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
 
@@ -254,7 +267,9 @@ def export_pipeline(
     unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
     unet.save_pretrained(out / "unet", safe_serialization=True)
 
-    scheduler = few_step_scheduler(_read_json(folder / "scheduler" / "scheduler_config.json", teacher_path), timesteps)
+    scheduler = few_step_scheduler(
+        _read_json(folder / "scheduler" / "scheduler_config.json", teacher_path), timesteps
+    )
     scheduler.save_pretrained(out / "scheduler")
     index = _read_json(out / "model_index.json", teacher_path)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -267,7 +282,14 @@ def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[int])
 
     Raises ConfigError if it can't.
     """
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+    )
     config = {name: teacher_config[name] for name in kept if name in teacher_config}
     total = config.get("num_train_timesteps", 1000)
     # c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2) with s = scaling * t: as scaling grows they tend to 0 and 1
@@ -307,7 +329,9 @@ def _local_folder(path: str, revision: str | None) -> Path:
 
 def _read_json(file: Path, path: str) -> dict[str, Any]:
     if not file.is_file():
-        raise ConfigError(f"teacher.path={path!r} is no diffusers pipeline folder: {file.name} is missing in {file.parent.name}/")
+        raise ConfigError(
+            f"teacher.path={path!r} is no diffusers pipeline folder: {file.name} is missing in {file.parent.name}/"
+        )
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -388,7 +412,12 @@ def random_pixel_pipeline(
         "norm_num_groups": min(32, channels[0] // 2),
     }
     schedule, prediction = schedule_from_diffusers(
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "epsilon",
+        }
     )
     with torch.device("meta"):
         meta = UNet2DConditionModel(**settings)

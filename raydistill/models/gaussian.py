@@ -35,6 +35,10 @@ class GaussianDenoiser(Denoiser):
 class GaussianMixtureDenoiser(Denoiser):
     """Exact denoiser of sum_i w_i N(mu_i, std_i^2 I) over [C, H, W]."""
 
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+
     def __init__(self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, stds: Tensor):
         """weights [K], means [K, C, H, W], stds [K]."""
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class CriticTrainer:
         """Accumulate one micro-batch's gradient."""
         (losses.total() / num_micro_batches).backward()
         total = {"loss/critic_total": losses.total()}
-        self._scalars.append({f"loss/{name}": term for name, term in losses.terms.items()} | total | losses.scalars)
+        self._scalars.append(
+            {f"loss/{name}": term for name, term in losses.terms.items()} | total | losses.scalars
+        )
 
     def step(self, *, gan_stage: bool) -> dict[str, float]:
         """One optimiser step on what was accumulated; raises TrainingError if it is not finite."""
@@ -46,7 +49,7 @@ class CriticTrainer:
         self._scalars = []
         return self.optimizer.step(scalars, gan_stage=gan_stage)
 
-    def save(self) -> tuple[dict[str, Tensor], dict]:
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
         tensors, state = pack_optimizer(self.optimizer.optimizer)
         weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.critic).items()}
@@ -54,7 +57,7 @@ class CriticTrainer:
         counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
         return weights, {"optimizer": state, **counters}
 
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.critic.load_state_dict(strip(tensors, "weights/"))
         unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
         self.optimizer.steps = state["steps"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -120,7 +120,9 @@ class Evaluator:
         reference: list[Tensor] = []
         digest = hashlib.sha256()
         for start in range(0, len(images), config.batch_size):
-            batch = [load_image(image.path, IMAGE_SIZE) for image in images[start : start + config.batch_size]]
+            batch = [
+                load_image(image.path, IMAGE_SIZE) for image in images[start : start + config.batch_size]
+            ]
             pixels = to_uint8(torch.stack(batch))
             digest.update(pixels.numpy().tobytes())
             reference.append(self._net.features(pixels.to(device)))
@@ -183,9 +185,13 @@ class Evaluator:
 
     def sample_images(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
         """uint8 images [n, 3, H, W] of evaluation samples `indices` from the generator as last evaluated."""
-        return torch.cat([self._generate(indices[i : i + 100], denoiser) for i in range(0, len(indices), 100)])
+        return torch.cat(
+            [self._generate(indices[i : i + 100], denoiser) for i in range(0, len(indices), 100)]
+        )
 
-    def _figures(self, generate, protocol: Protocol, who: str) -> dict[str, float]:
+    def _figures(
+        self, generate: Callable[[list[int]], Tensor], protocol: Protocol, who: str
+    ) -> dict[str, float]:
         statistics = FeatureStatistics()
         drawn: list[Tensor] = []
         shown: list[Tensor] = []
@@ -247,7 +253,9 @@ class Evaluator:
             noise,
             noise=lambda number: self._noise(f"eval/renoise_{number}", indices),
         )
-        middle = net.schedule.t_from_edm_sigma(torch.ones(len(indices), dtype=torch.float64, device=x.device)).float()
+        middle = net.schedule.t_from_edm_sigma(
+            torch.ones(len(indices), dtype=torch.float64, device=x.device)
+        ).float()
         x_t = net.schedule.add_noise(x, middle, self._noise("eval/grid", indices))
         null = self.pipeline.null_cond(len(indices))
         real = denoise_guided(self.pipeline.denoiser, x_t, middle, cond, null, self.guidance_scale)

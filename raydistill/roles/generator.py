@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,13 @@ class GeneratorTrainer:
         self._scalars: list[dict[str, Tensor]] = []
 
     def sample(
-        self, method: Method, cond: Cond, shape: Sequence[int], real: RealBatch | None, draws: PhaseDraws, grad: bool
+        self,
+        method: Method,
+        cond: Cond,
+        shape: Sequence[int],
+        real: RealBatch | None,
+        draws: PhaseDraws,
+        grad: bool,
     ) -> Tensor:
         """Generated samples x [B, *shape], with their graph if `grad`."""
         x_in, t_in = method.generator_input(self.denoiser, cond, shape, real, draws)
@@ -68,7 +75,7 @@ class GeneratorTrainer:
             self.ema.update(images)
         return values
 
-    def save(self) -> tuple[dict[str, Tensor], dict]:
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
         tensors, state = pack_optimizer(self.optimizer.optimizer)
         weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.denoiser).items()}
@@ -78,7 +85,7 @@ class GeneratorTrainer:
         counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
         return weights, {"optimizer": state, **counters}
 
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.denoiser.load_state_dict(strip(tensors, "weights/"))
         unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
         self.optimizer.steps = state["steps"]

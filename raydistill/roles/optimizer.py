@@ -60,7 +60,9 @@ class RoleOptimizer:
         )
 
     def lr(self, gan_stage: bool) -> float:
-        base = self.config.lr_gan_stage if gan_stage and self.config.lr_gan_stage is not None else self.config.lr
+        base = (
+            self.config.lr_gan_stage if gan_stage and self.config.lr_gan_stage is not None else self.config.lr
+        )
         if not self.config.warmup_steps:
             return base
         return base * min(1.0, (self.steps + 1) / self.config.warmup_steps)

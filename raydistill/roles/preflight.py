@@ -34,7 +34,9 @@ class PreflightReport:
 
 
 @torch.no_grad()
-def preflight(denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws, prediction: Prediction) -> PreflightReport:
+def preflight(
+    denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws, prediction: Prediction
+) -> PreflightReport:
     """Check that the teacher denoises real samples x0 [B, C, H, W] under their own conditions.
 
     Raises ConfigError with a diagnosis if the relative error passes 1.15 at any level.
@@ -53,7 +55,12 @@ def preflight(denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws, predicti
 
 
 def _relative_error(
-    denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws, level: float, read_as: tuple[Prediction, Prediction] | None = None
+    denoiser: Denoiser,
+    x0: Tensor,
+    cond: Cond,
+    draws: Draws,
+    level: float,
+    read_as: tuple[Prediction, Prediction] | None = None,
 ) -> float:
     schedule = denoiser.schedule
     sigma = level * (0.5 if isinstance(schedule, EDMSchedule) else 1.0)
@@ -73,7 +80,13 @@ def _time_of(schedule: NoiseSchedule, sigma: float, count: int, device: torch.de
 
 
 def _diagnosis(
-    denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws, level: float, error: float, prediction: Prediction
+    denoiser: Denoiser,
+    x0: Tensor,
+    cond: Cond,
+    draws: Draws,
+    level: float,
+    error: float,
+    prediction: Prediction,
 ) -> str:
     """The most helpful of the alternatives, in words."""
     found: list[tuple[float, str]] = []
@@ -81,14 +94,24 @@ def _diagnosis(
     for other, name in names.items():
         if other != prediction:
             tried = _relative_error(denoiser, x0, cond, draws, level, (prediction, other))  # type: ignore[arg-type]
-            found.append((tried, f"it falls to {tried:.2f} if the output is read as {name}: set teacher.prediction={name}"))
+            found.append(
+                (
+                    tried,
+                    f"it falls to {tried:.2f} if the output is read as {name}: set teacher.prediction={name}",
+                )
+            )
     for scale in _SCALES:
         tried = _relative_error(denoiser, x0 * scale, cond, draws, level)
         words = "latents of another scaling factor; prepare the shards with this teacher (data.shards)"
         found.append((tried, f"it falls to {tried:.2f} if samples are multiplied by {scale:.4g}: {words}"))
     centred = x0 - x0.mean(dim=(0, 2, 3), keepdim=True)
     tried = _relative_error(denoiser, centred, cond, draws, level)
-    found.append((tried, f"it falls to {tried:.2f} if the samples' mean is removed: a shift factor is missing (data.shards)"))
+    found.append(
+        (
+            tried,
+            f"it falls to {tried:.2f} if the samples' mean is removed: a shift factor is missing (data.shards)",
+        )
+    )
     best = min(found)
     if best[0] < min(0.8 * error, _LIMIT):
         return best[1]

@@ -76,7 +76,9 @@ class _EvaluatorActor:
 
     def evaluate(self, step: int) -> Evaluation:
         if self._built is None:
-            self._built = build_evaluator(self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu")
+            self._built = build_evaluator(
+                self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu"
+            )
         return evaluate_snapshot(self._built, self._config, step)
 
 

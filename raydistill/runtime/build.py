@@ -76,7 +76,7 @@ def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device) 
 
 def _tune(denoiser: UNetDenoiser, train: TrainConfig) -> None:
     if train.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if train.compile:
         denoiser.unet.compile()
 

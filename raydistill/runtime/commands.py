@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,8 +22,10 @@ from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig, config_from_dict
 from raydistill.runtime.summary import export_snapshot
 
+Weights = Literal["raw", "ema"]
 
-def open_run(run: str, step: int | None, weights: str | None) -> tuple[RunConfig, Snapshot]:
+
+def open_run(run: str, step: int | None, weights: Weights | None) -> tuple[RunConfig, Snapshot]:
     """Settings and snapshot of the run in a folder; the newest snapshot if no step is given.
 
     Raises ConfigError if the folder holds none.
@@ -49,7 +52,7 @@ def sample(
     num_images: int = 4,
     seed: int = 0,
     step: int | None = None,
-    weights: str | None = None,
+    weights: Weights | None = None,
 ) -> Path:
     """Draw `num_images` images for each prompt with a run's generator and write them as one PNG grid."""
     config, snapshot = open_run(run, step, weights)
@@ -58,7 +61,9 @@ def sample(
     rows = []
     for number, prompt in enumerate(prompts):
         positions = range(number * num_images, (number + 1) * num_images)
-        rows.append((prompt, to_uint8(sample_images(config, pipeline, [prompt] * num_images, seed, positions))))
+        rows.append(
+            (prompt, to_uint8(sample_images(config, pipeline, [prompt] * num_images, seed, positions)))
+        )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(grid_png(rows, None))
@@ -84,7 +89,7 @@ def sample_images(
 
 
 def evaluate(
-    run: str, *, num_samples: int | None = None, step: int | None = None, weights: str | None = None
+    run: str, *, num_samples: int | None = None, step: int | None = None, weights: Weights | None = None
 ) -> dict[str, object]:
     """Figures of a run's generator and of its teacher, with the protocol's hash."""
     config, snapshot = open_run(run, step, weights)
@@ -96,7 +101,7 @@ def evaluate(
     return figures | {"step": snapshot.step, "protocol_hash": answer.protocol["hash"]}
 
 
-def export(run: str, out: str, *, step: int | None = None, weights: str | None = None) -> Path:
+def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:
     """Write a run's generator as a diffusers folder. Raises ConfigError if `out` exists."""
     if Path(out).exists():
         raise ConfigError(f"{out} exists already; give a new folder")

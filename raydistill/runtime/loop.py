@@ -95,7 +95,8 @@ class Trainer:
         self.teacher: TeacherScorer = build.build_teacher(config, self.pipeline, session.device)
         size, micro = config.train.batch_size, config.micro_batch_size
         self.readers = {
-            purpose: self._open(purpose, ("text",), size, micro) for purpose in ("prompt/generator", "prompt/critic")
+            purpose: self._open(purpose, ("text",), size, micro)
+            for purpose in ("prompt/generator", "prompt/critic")
         }
         if self.method.needs.real_data:
             self.readers["real"] = self._open("real", ("latent", "text"), size, micro)
@@ -216,7 +217,9 @@ class Trainer:
                 return
             yield batch
 
-    def _open_shards(self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int) -> ShardReader:
+    def _open_shards(
+        self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int
+    ) -> ShardReader:
         data = self.config.data
         index = ShardSet(data.shards, cache_dir=data.cache_dir, endpoint_url=data.endpoint_url).index
         # what the shards don't hold is encoded here, batch by batch

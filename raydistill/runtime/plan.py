@@ -59,18 +59,26 @@ class Plan:
 
     def table(self) -> str:
         """For `--dry-run` and `raydistill plan`."""
-        lines = [f"{'GiB on each worker':<20}{'weights':>10}{'gradients':>11}{'optimiser':>11}{'EMA':>8}{'activations':>13}{'total':>9}"]
+        lines = [
+            f"{'GiB on each worker':<20}{'weights':>10}{'gradients':>11}{'optimiser':>11}{'EMA':>8}{'activations':>13}{'total':>9}"
+        ]
         for name, role in self.bytes_by_role.items():
             cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)
             widths = (10, 11, 11, 8, 13, 9)
-            lines.append(f"{name:<20}" + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths, strict=True)))
+            lines.append(
+                f"{name:<20}" + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths, strict=True))
+            )
         lines.append(f"{'together':<20}{'':>53}{self.total_bytes / GIB:>9.4f}")
         lines.append("")
-        lines.append("forward equivalents per generator update (1 = one batch through the UNet, backward pass 2):")
+        lines.append(
+            "forward equivalents per generator update (1 = one batch through the UNet, backward pass 2):"
+        )
         lines += [f"  {name:<18}{count:>8.2f}" for name, count in self.forwards.items()]
         total = sum(self.forwards.values())
         tflop = total * self.gflop_per_forward * self.batch_size / 1000
-        lines.append(f"  {'together':<18}{total:>8.2f}   ({tflop:.3f} TFLOP; encoder half e = {self.encoder_share:.2f})")
+        lines.append(
+            f"  {'together':<18}{total:>8.2f}   ({tflop:.3f} TFLOP; encoder half e = {self.encoder_share:.2f})"
+        )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,12 +140,14 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
         "teacher": RoleBytes(weights=parameters * (2 if config.teacher.dtype == "bf16" else 4)),
         "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
         "critic": RoleBytes(
-            4 * (parameters + head), 4 * (parameters + head), 8 * (parameters + head), 0, int(activations * critic_graphs)
+            4 * (parameters + head),
+            4 * (parameters + head),
+            8 * (parameters + head),
+            0,
+            int(activations * critic_graphs),
         ),
     }
-    return Plan(
-        roles, forwards, share, full / micro / 1e9, config.train.batch_size, config.placement.workers
-    )
+    return Plan(roles, forwards, share, full / micro / 1e9, config.train.batch_size, config.placement.workers)
 
 
 def _flops(call: Any) -> int:

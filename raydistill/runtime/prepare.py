@@ -46,7 +46,12 @@ def builtin_paths(config: RunConfig) -> RunConfig:
 
 def prepare_data(config: RunConfig) -> None:
     """Draw the scenes and write the shards if they are not there; shows its progress. Raises DataError."""
-    scenes = Path(config.output_dir) / "data" / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}" / "coco"
+    scenes = (
+        Path(config.output_dir)
+        / "data"
+        / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}"
+        / "coco"
+    )
     if str(scenes) in (config.prepare.coco, config.evaluator.coco):
         write_scenes(scenes, num_train=config.prepare.num_train, num_val=config.prepare.num_val)
     if config.prepare.coco is None:

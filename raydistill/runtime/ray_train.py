@@ -8,6 +8,7 @@ too, so a restarted group looks for the newest one itself and Train is told of i
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ class TrainSession:
         self.world = World(context.get_world_rank(), context.get_world_size())
         self.device = pick_device(config.placement.gpus_per_worker)
         self.tracker: TrackerLike = actors.ActorTracker(tracker)
-        self.evaluator: EvaluatorLike | None = actors.ActorEvaluator(evaluator) if evaluator is not None else None
+        self.evaluator: EvaluatorLike | None = (
+            actors.ActorEvaluator(evaluator) if evaluator is not None else None
+        )
         self.run_id = run_id
         self._run_dir = config.run_dir
         self._asked = 0
@@ -57,6 +60,7 @@ class TrainSession:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs. A mistake of ours or the user's is written down, not retried."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
     config = config_from_dict(settings["config"])
     failure = Path(config.run_dir) / _FAILURE_FILE
     if failure.exists():

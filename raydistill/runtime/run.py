@@ -31,14 +31,14 @@ _POLL_S = 2.0
 _PLAIN_LINE_S = 10.0
 
 
-class Interrupted(TrainingError):
+class InterruptedRunError(TrainingError):
     """The run was asked to stop; its snapshot is written."""
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Prepare the data, train, evaluate, export the best snapshot; returns and writes the summary.
 
-    Raises RayDistillError with a one-line message for everything a user can mend, and Interrupted after SIGTERM.
+    Raises RayDistillError with a one-line message for everything a user can mend, and InterruptedRunError after SIGTERM.
     """
     config = resolve(config)
     validate(config)
@@ -52,8 +52,12 @@ def run(config: RunConfig) -> dict[str, Any]:
             _run_on_ray(config)
         if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
             newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).steps()[-1]
-            raise Interrupted(f"stopped at update {newest} as asked; the same command goes on from its snapshot")
-    return json.loads((Path(config.run_dir) / "summary.json").read_text()) | {"elapsed_s": time.time() - started}
+            raise InterruptedRunError(
+                f"stopped at update {newest} as asked; the same command goes on from its snapshot"
+            )
+    return json.loads((Path(config.run_dir) / "summary.json").read_text()) | {
+        "elapsed_s": time.time() - started
+    }
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -73,18 +77,19 @@ def _run_inline(config: RunConfig) -> None:
     from raydistill.runtime import loop
     from raydistill.runtime.build import pick_device
     from raydistill.runtime.services import LocalEvaluator, LocalTracker, open_tracker
-    from raydistill.runtime.session import stop_requested
+    from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
 
     tracker = open_tracker(config)
 
     class InlineSession:
-        world = World()
-        device: torch.device = pick_device(config.placement.gpus_per_worker)
-        evaluator = LocalEvaluator(config) if config.evaluator.enabled else None
-        run_id = tracker.run_id
-
         def __init__(self) -> None:
-            self.tracker = LocalTracker(tracker)
+            self.world = World()
+            self.device: torch.device = pick_device(config.placement.gpus_per_worker)
+            self.tracker: TrackerLike = LocalTracker(tracker)
+            self.evaluator: EvaluatorLike | None = (
+                LocalEvaluator(config) if config.evaluator.enabled else None
+            )
+            self.run_id = tracker.run_id
 
         def should_stop(self) -> bool:
             return stop_requested(config.run_dir)
@@ -110,14 +115,20 @@ def _run_on_ray(config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mine = not ray.is_initialized()
     if mine:
-        new = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": 256 * 2**20, "dashboard_host": "127.0.0.1"}
+        new = (
+            {}
+            if os.environ.get("RAY_ADDRESS")
+            else {"object_store_memory": 256 * 2**20, "dashboard_host": "127.0.0.1"}
+        )
         try:
             ray.init(address="auto" if not new else None, logging_level="WARNING", **new)
         except ValueError:  # a Ray of this user runs already; its store is as it is
             ray.init(address="auto", logging_level="WARNING")
     tree = to_dict(config)
     tracker = actors.start_tracker(tree)
-    evaluator = actors.start_evaluator(tree, config.placement.evaluator_gpus) if config.evaluator.enabled else None
+    evaluator = (
+        actors.start_evaluator(tree, config.placement.evaluator_gpus) if config.evaluator.enabled else None
+    )
     status = "FAILED"
     opened = False
     try:
@@ -243,6 +254,8 @@ def _eta(step: int, total: int, first: tuple[int, float] | None) -> str:
 
 def _words(values: dict[str, float]) -> str:
     wanted = [("loss/dm", "dm"), ("loss/dsm", "dsm")]
-    wanted += [(name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")]
+    wanted += [
+        (name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")
+    ]
     wanted += [(name, "accuracy") for name in sorted(values) if name.startswith("eval/prompt_accuracy")]
     return " ".join(f"{short}={values[name]:.3g}" for name, short in wanted if name in values)

@@ -241,7 +241,10 @@ def _interrupted(
             )
             return
     print(f"raydistill: stopping job {submission_id}", file=sys.stderr, flush=True)
-    client.stop_job(submission_id)
+    try:
+        client.stop_job(submission_id)
+    except (OSError, RuntimeError) as error:
+        raise RayDistillError(f"job {submission_id} could not be stopped: {error}") from error
     details = asyncio.run(_follow(client, submission_id, log, lost_after_s))
     print(f"raydistill: job {submission_id} {details.status}", file=sys.stderr, flush=True)
 

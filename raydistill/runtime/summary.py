@@ -104,7 +104,9 @@ def table(summary: dict[str, Any]) -> str:
             ),
         ]
         lines.append(f"{'':<42}{f'toyfid ({n})':>14}{f'prompt accuracy ({n})':>24}")
-        lines += [f"{label:<42}{summary[fid]:>14.3f}{summary[accuracy]:>24.3f}" for label, fid, accuracy in rows]
+        lines += [
+            f"{label:<42}{summary[fid]:>14.3f}{summary[accuracy]:>24.3f}" for label, fid, accuracy in rows
+        ]
     lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
     lines.append(f"compare runs: mlflow ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
     return "\n".join(lines)

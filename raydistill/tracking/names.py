@@ -46,7 +46,7 @@ METRICS: dict[str, str] = {
     # evaluation, at the step of the evaluated snapshot; N is part of the name
     "eval/toyfid_*": "generator: Frechet distance in SceneNet features, over N samples",
     "eval/teacher_toyfid_*": "teacher: the same protocol with its own sampler",
-    "eval/toykid_*": "generator: kernel distance in SceneNet features, over N samples; unbiased, so comparable across N",
+    "eval/toykid_*": "generator: kernel distance in SceneNet features, over N samples; unbiased",
     "eval/teacher_toykid_*": "teacher: the same",
     "eval/prompt_accuracy_*": "generator: share of N samples that show every object their caption names",
     "eval/teacher_prompt_accuracy_*": "teacher: the same",

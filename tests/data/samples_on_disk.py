@@ -38,7 +38,11 @@ def _word_ids(caption: str) -> list[int]:
 
 
 def write_coco(
-    root: Path, split: str, images: dict[str, tuple[int, int]], captions: dict[int, list[str]], folder: str | None = None
+    root: Path,
+    split: str,
+    images: dict[str, tuple[int, int]],
+    captions: dict[int, list[str]],
+    folder: str | None = None,
 ) -> Path:
     """A COCO-format folder with noise images: file name -> (width, height), ids from 1 in that order."""
     place = root / (folder or split)
@@ -49,7 +53,9 @@ def write_coco(
         Image.fromarray(noise.to(torch.uint8).numpy()).save(place / name)
         entries.append({"id": number, "file_name": name})
     flat = [(image_id, text) for image_id, texts in captions.items() for text in texts]
-    annotations = [{"id": n, "image_id": image_id, "caption": text} for n, (image_id, text) in enumerate(flat)]
+    annotations = [
+        {"id": n, "image_id": image_id, "caption": text} for n, (image_id, text) in enumerate(flat)
+    ]
     (root / "annotations").mkdir(exist_ok=True)
     content = {"images": entries, "annotations": annotations}
     (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))

@@ -96,7 +96,9 @@ def test_a_folder_that_lacks_something_is_refused_by_name(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_annotations_that_are_no_coco_captions_are_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_annotations_that_are_no_coco_captions_are_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
     write_coco(tmp_path, "train", IMAGES, CAPTIONS)
     (tmp_path / "annotations" / "captions_train.json").write_text(content)
     with pytest.raises(DataError, match=message):

@@ -45,7 +45,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
-def test_webdataset_itself_reads_back_images_captions_latents_and_embeddings(scenes: Path, shards: Path) -> None:
+def test_webdataset_itself_reads_back_images_captions_latents_and_embeddings(
+    scenes: Path, shards: Path
+) -> None:
     images = {f"{image.id:012d}": image for image in read_coco(scenes, "train")}
     encoder = PoolEncoder()
     urls = sorted(str(path) for path in shards.glob("*.tar"))
@@ -142,7 +144,9 @@ encoder.encode_images = stopping
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-def test_a_damaged_shard_alone_is_written_again(scenes: Path, shards: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_alone_is_written_again(
+    scenes: Path, shards: Path, tmp_path: Path, damage: str
+) -> None:
     out = tmp_path / "out"
     prepare_coco(scenes, "train", out, 8, PoolEncoder(), progress=False, batch_size=4)
     victim, untouched = out / "shard-000002.tar", out / "shard-000003.tar"
@@ -151,7 +155,9 @@ def test_a_damaged_shard_alone_is_written_again(scenes: Path, shards: Path, tmp_
     if damage == "remove":
         victim.unlink()
     else:
-        victim.write_bytes(data[:-600] if damage == "cut" else data[:700] + bytes([data[700] ^ 1]) + data[701:])
+        victim.write_bytes(
+            data[:-600] if damage == "cut" else data[:700] + bytes([data[700] ^ 1]) + data[701:]
+        )
     prepare_coco(scenes, "train", out, 8, PoolEncoder(), progress=False, batch_size=4)
     assert contents(out) == contents(shards)
     assert untouched.stat().st_mtime_ns == before
@@ -171,7 +177,9 @@ def test_two_calls_at_once_write_one_data_set(scenes: Path, shards: Path, tmp_pa
 
 def test_a_folder_with_other_shards_is_left_alone(scenes: Path, shards: Path, tmp_path: Path) -> None:
     before = contents(shards)
-    with pytest.raises(DataError, match=r"holds shards of samples_per_shard 8, not 9; .*encoder .*, not None.*--out"):
+    with pytest.raises(
+        DataError, match=r"holds shards of samples_per_shard 8, not 9; .*encoder .*, not None.*--out"
+    ):
         prepare_coco(scenes, "train", shards, 9, progress=False)
     assert contents(shards) == before
     (tmp_path / "theirs.tar").write_bytes(b"")
@@ -183,7 +191,9 @@ def test_an_image_without_caption_stops_the_job_or_is_counted(tmp_path: Path) ->
     images = {f"{n}.jpg": (8, 8) for n in range(10)}
     captions = {n: ["x"] for n in range(1, 11) if n != 4}
     root = write_coco(tmp_path / "coco", "train", images, captions)
-    with pytest.raises(DataError, match=r"image id 4 .*caption missing; 1 of 10 .*--max-rejected-share allows 0"):
+    with pytest.raises(
+        DataError, match=r"image id 4 .*caption missing; 1 of 10 .*--max-rejected-share allows 0"
+    ):
         prepare_coco(root, "train", tmp_path / "out", progress=False)
     assert not list((tmp_path / "out").glob("*.tar"))
     index = prepare_coco(root, "train", tmp_path / "out", progress=False, max_rejected_share=0.1)
@@ -210,9 +220,17 @@ def test_unreadable_and_missing_files_stop_the_job_or_are_counted(tmp_path: Path
 
 def test_latents_beyond_float16_are_refused_and_fit_float32(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"encoder's latent of image id 1 is not finite as float16"):
-        prepare_coco(scenes, "train", tmp_path / "half", encoder=PoolEncoder(scale=1e6), progress=False, limit=4)
+        prepare_coco(
+            scenes, "train", tmp_path / "half", encoder=PoolEncoder(scale=1e6), progress=False, limit=4
+        )
     index = prepare_coco(
-        scenes, "train", tmp_path / "full", encoder=PoolEncoder(1e6), progress=False, limit=4, array_dtype="float32"
+        scenes,
+        "train",
+        tmp_path / "full",
+        encoder=PoolEncoder(1e6),
+        progress=False,
+        limit=4,
+        array_dtype="float32",
     )
     assert index.array_dtype == "float32"
 

@@ -23,7 +23,9 @@ NOISY = {"time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     parts = {"generator": trainer.generator.denoiser, "critic": trainer.critic.critic}
-    return {f"{role}/{name}": t.clone() for role, net in parts.items() for name, t in net.state_dict().items()}
+    return {
+        f"{role}/{name}": t.clone() for role, net in parts.items() for name, t in net.state_dict().items()
+    }
 
 
 def figures(values: dict[str, float]) -> dict[str, float]:
@@ -105,7 +107,11 @@ def test_ema_moves_once_for_each_generator_update() -> None:
 
 
 def test_four_step_rollout_runs_and_needs_no_real_data_without_a_gan() -> None:
-    method = {"timesteps": (999.0, 749.0, 499.0, 249.0), "gan_weight_generator": 0.0, "gan_weight_critic": 0.0}
+    method = {
+        "timesteps": (999.0, 749.0, 499.0, 249.0),
+        "gan_weight_generator": 0.0,
+        "gan_weight_critic": 0.0,
+    }
     trainer = tiny_trainer(tiny_config(method=method))
     assert "real" not in trainer.readers
     values = [trainer.window() for _ in range(3)]
@@ -194,5 +200,7 @@ def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path)
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"train.batch_size=8 is not divisible .*train.micro_batch_size=3 = 3"):
+    with pytest.raises(
+        ConfigError, match=r"train.batch_size=8 is not divisible .*train.micro_batch_size=3 = 3"
+    ):
         validate(tiny_config(train={"micro_batch_size": 3}))
