@@ -1,6 +1,6 @@
 """Time one DMD2 generator update with its R critic updates; no Ray, on CPU or GPU.
 
-    python jobs/bench_step.py --out step.json               the embedded latent size and an EDM-like pixel size
+    python jobs/bench_step.py --out step.json               the embedded size and an EDM-like pixel size
     python jobs/bench_step.py --size edm32 --batch 64 --gpu        CIFAR-10's 32x32 pixels with a UNet of 56 M parameters
 
 Each size runs the trainer's own code on random-weight or shipped networks, standard-normal samples standing in for the
@@ -227,9 +227,8 @@ def show(result: dict[str, Any]) -> None:
         f"(beside {result['process_gib_before']:.2f} GiB of Python and libraries)"
     )
     for role, counted in result["forward_equivalents"].items():
-        print(
-            f"  {role:<10} {counted:7.2f} forward equivalents, planned {result['forward_equivalents_planned'][role]:7.2f}"
-        )
+        planned = result["forward_equivalents_planned"][role]
+        print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {planned:7.2f}")
 
 
 def machine() -> dict[str, Any]:

@@ -157,7 +157,7 @@ class ShardReader:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Samples handed out so far by this reader, and refused ones in all and by reason."""
+        """Samples handed out so far, and those among them that stand in for a refused one, by its reason."""
         reasons = {f"rejected/{reason}": count for reason, count in sorted(self._rejected.items())}
         return {"accepted": self._accepted, "rejected": sum(self._rejected.values()), **reasons}
 
@@ -200,17 +200,21 @@ class ShardReader:
         choices = self._draws.uniform(f"data/{self.purpose}/caption", 0, positions).tolist()
         rejected: Counter[str] = Counter()
         for row, position in enumerate(positions.tolist()):
+            refused: Counter[str] = Counter()
             for attempt in range(_MAX_ATTEMPTS):
                 shard, sample = self._locate(position, attempt)
                 try:
                     rows.fill(row, self._open(shard), sample, choices[row])
                     break
                 except RejectedSample as refusal:
-                    rejected[refusal.reason] += 1
+                    refused[refusal.reason] += 1
+                    # A refused replacement is counted at its own position, so that an epoch counts each once.
+                    if attempt == 0:
+                        rejected[refusal.reason] += 1
                     last = f"{self._open(shard).key(sample)} in {self._shards.url(shard)}: {refusal}"
             else:
                 raise DataError(
-                    f"{_MAX_ATTEMPTS} samples in a row were rejected ({_listing(rejected)}), the last one "
+                    f"{_MAX_ATTEMPTS} samples in a row were rejected ({_listing(refused)}), the last one "
                     f"{last}; check data.shards"
                 )
         return _Loaded(rows.batch(positions), rejected)
@@ -305,7 +309,7 @@ class ShardReader:
         if missing:
             raise DataError(
                 f"shard {url} has no {', '.join(missing)}: they hold {', '.join(sorted(found))}, needed are "
-                f"{', '.join(needed)} (data.shards); prepare the shards with what is missing"
+                f"{', '.join(sorted(needed))} (data.shards); prepare the shards with what is missing"
             )
         rows = Rows(self._index, self.fields, self._images, 1)
         refused: Counter[str] = Counter()

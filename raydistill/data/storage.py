@@ -109,7 +109,7 @@ class RemoteFolder:
         return self._retry(self.path(name), lambda: bytes(self._fs.cat_file(f"{self._prefix}/{name}")))
 
     def identity(self, name: str, sha256: str) -> Hashable:
-        return self.path(name), sha256
+        return self.path(name), sha256, self.cache_dir
 
     def shard(self, name: str, sha256: str) -> str | bytes:
         """A local file with the shard's bytes, or the bytes. Raises DataError on another hash."""

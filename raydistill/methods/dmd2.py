@@ -215,7 +215,7 @@ def distribution_matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) 
 
 
 def _level_sampler(schedule: NoiseSchedule, low: int, high: int) -> TimeSampler:
-    """Uniform over levels low..high, both included, of 1000: SD's timesteps, EDM's ascending Karras grid, or equal time steps."""
+    """Uniform over levels low..high, both included, of 1000: SD's timesteps or EDM's ascending Karras grid."""
     if isinstance(schedule, EDMSchedule):
         return KarrasIndexUniform(
             num=_NUM_LEVELS, low=low, high=high, sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max

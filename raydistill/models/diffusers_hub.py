@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ class UNetDenoiser(Denoiser):
             "time_ids": cond.tensors["time_ids"].to(self.unet.dtype),
         }
 
-    def _precision(self, x: Tensor) -> torch.autocast:
+    def _precision(self, x: Tensor) -> AbstractContextManager[None]:
         wanted = DTYPES[self.dtype]
-        return torch.autocast(x.device.type, dtype=wanted, enabled=wanted != self.unet.dtype)
+        return nullcontext() if wanted == self.unet.dtype else torch.autocast(x.device.type, dtype=wanted)
 
 
 class TextToImage:

@@ -418,7 +418,8 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
     if changed:
         listed = ", ".join(f"{name}: {then.get(name)} then, {now[name]} now" for name in changed[:5])
         raise ConfigError(
-            f"run {trainer.config.name!r} has a snapshot at update {snapshot.step} made with other settings ({listed}); "
+            f"run {trainer.config.name!r} has a snapshot at update {snapshot.step} made with other settings "
+            f"({listed}); "
             "choose another name, or resume=false to start anew"
         )
     trainer.generator.load(*snapshot.part("generator"))

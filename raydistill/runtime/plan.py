@@ -59,14 +59,15 @@ class Plan:
 
     def table(self) -> str:
         """For `--dry-run` and `raydistill plan`."""
+        widths = {"weights": 10, "gradients": 11, "optimiser": 11, "EMA": 8, "activations": 13, "total": 9}
         lines = [
-            f"{'GiB on each worker':<20}{'weights':>10}{'gradients':>11}{'optimiser':>11}{'EMA':>8}{'activations':>13}{'total':>9}"
+            f"{'GiB on each worker':<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())
         ]
         for name, role in self.bytes_by_role.items():
             cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)
-            widths = (10, 11, 11, 8, 13, 9)
             lines.append(
-                f"{name:<20}" + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths, strict=True))
+                f"{name:<20}"
+                + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths.values(), strict=True))
             )
         lines.append(f"{'together':<20}{'':>53}{self.total_bytes / GIB:>9.4f}")
         lines.append("")

@@ -38,7 +38,7 @@ class InterruptedRunError(TrainingError):
 def run(config: RunConfig) -> dict[str, Any]:
     """Prepare the data, train, evaluate, export the best snapshot; returns and writes the summary.
 
-    Raises RayDistillError with a one-line message for everything a user can mend, and InterruptedRunError after SIGTERM.
+    Raises RayDistillError with a one-line message for everything a user can mend, InterruptedRunError after SIGTERM.
     """
     config = resolve(config)
     validate(config)
