@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -209,6 +209,7 @@ def test_json_brings_the_same_tree_back(run: Run) -> None:
     assert from_dict(Run, json.loads(json.dumps(to_dict(changed)))) == changed
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lr=st.floats(allow_nan=False),
     steps=st.lists(st.integers(min_value=0, max_value=10**12)),

@@ -251,9 +251,8 @@ def export_pipeline(
 ) -> Path:
     """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
 
-    The teacher's folder with the UNet's weights replaced and, as scheduler, an LCMScheduler: its step is the
-    generator's own (x0, then re-noise to the next time), its boundary scalings are made the identity by
-    `timestep_scaling` and its grid by `original_inference_steps`.
+    The teacher's folder with the UNet's weights replaced and, as scheduler, an LCMScheduler, whose step is the
+    generator's own: x0, then re-noise to the next time.
 
     weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained.
 
@@ -281,32 +280,26 @@ def export_pipeline(
 def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[int]) -> Any:
     """An LCMScheduler that visits exactly `timesteps` when asked for `len(timesteps)` steps.
 
-    Raises ConfigError if it can't.
+    Its grid begins at its last training timestep, so a generator that starts below the teacher's gets the teacher's
+    betas up to there. Raises ConfigError for a grid that is not evenly spaced from its first timestep down.
     """
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-    )
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     config = {name: teacher_config[name] for name in kept if name in teacher_config}
-    total = config.get("num_train_timesteps", 1000)
-    # c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2) with s = scaling * t: as scaling grows they tend to 0 and 1
-    config |= {"timestep_scaling": 1e9, "set_alpha_to_one": True, "clip_sample": False}
     wanted = list(timesteps)
-    for steps in (total, len(wanted)):
+    num = wanted[0] + 1
+    if num != config.get("num_train_timesteps", 1000):
+        betas = diffusers.DDPMScheduler(**config).betas[:num]
+        config |= {"num_train_timesteps": num, "trained_betas": [float(beta) for beta in betas]}
+    # LCM's c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2), s = scaling * t, tend to 0 and 1: x0 itself
+    config |= {"set_alpha_to_one": True, "clip_sample": False, "timestep_scaling": 1e9}
+    for steps in {num, len(wanted)}:
         scheduler = diffusers.LCMScheduler(**config, original_inference_steps=steps)
-        try:
-            scheduler.set_timesteps(len(wanted))
-        except ValueError:
-            continue
+        scheduler.set_timesteps(len(wanted))
         if scheduler.timesteps.tolist() == wanted:
             return scheduler
     raise ConfigError(
-        f"no diffusers scheduler visits the timesteps {wanted} in {len(wanted)} steps (generator.timesteps); "
-        f"evenly spaced ones from {total - 1} down can be exported"
+        f"no diffusers scheduler visits the timesteps {wanted} in {len(wanted)} steps (method.timesteps); "
+        "evenly spaced ones can be exported, e.g. 999,749,499,249"
     )
 
 

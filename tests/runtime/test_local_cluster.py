@@ -241,7 +241,7 @@ def test_a_head_that_dies_under_a_job_is_reported_and_not_waited_for() -> None:
                     write=stop_when_it_runs,
                     lost_after_s=2.0,
                 )
-            assert time.monotonic() - stopped_at[0] < 15
+            assert time.monotonic() - stopped_at[0] < 60
             assert not any(process.is_running() for process in processes)
             assert local_cluster.status() is None
         finally:
