@@ -96,9 +96,13 @@ def _run(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Name
     from raydistill.runtime.run import run
     from raydistill.runtime.summary import table
 
-    print(table(run(config)))
+    summary = run(config)
+    print(table(summary))
+    where = Path(summary["run_dir"])
+    if where.is_relative_to(Path.cwd()):
+        where = where.relative_to(Path.cwd())
     # A promise to whoever reads the output: this is its last line.
-    print(f"summary: {config.run_dir}/summary.json", flush=True)
+    print(f"summary: {where}/summary.json", flush=True)
     return 0
 
 

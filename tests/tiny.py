@@ -69,7 +69,7 @@ def tiny_config(**sections: Any) -> RunConfig:
         method=DMD2Config(critic_updates_per_generator=2, gan_weight_generator=0.01, gan_weight_critic=0.01),
         generator=GeneratorConfig(lr=1e-3, warmup_steps=2, ema_halflife_images=20.0),
         critic=CriticConfig(lr=1e-3, warmup_steps=2),
-        train=TrainConfig(batch_size=8, generator_updates=4, channels_last=False),
+        train=TrainConfig(batch_size=8, generator_updates=4),
         data=DataConfig(shards="none"),
     )
     return replace(

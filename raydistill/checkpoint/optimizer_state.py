@@ -67,14 +67,22 @@ def unpack_optimizer(
         int(index): {name: _decode(value) for name, value in values.items()}
         for index, values in state["values"].items()
     }
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         owner, name = key.split(".", 1)
         # cloned, since load_state_dict keeps the tensor itself and the next step would change the caller's
         if owner.startswith("group"):
             groups[int(owner.removeprefix("group"))][name] = tensor.clone()
         else:
-            entries.setdefault(int(owner), {})[name] = tensor.clone()
+            entries.setdefault(int(owner), {})[name] = _laid_out_as(parameters[int(owner)], tensor)
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A copy with the parameter's strides: a fused step pairs elements as they lie in memory (channels_last)."""
+    if tensor.shape != parameter.shape:
+        return tensor.clone()
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
 _PLAIN_LINE_S = 10.0
+_UPLOADED = "working_dir_files"
 
 
 class InterruptedRunError(TrainingError):
@@ -64,10 +65,12 @@ def resolve(config: RunConfig) -> RunConfig:
     """Absolute paths: Ray's workers have working directories of their own."""
     from raydistill.runtime.prepare import builtin_paths
 
-    absolute = config.output_dir if "://" in config.output_dir else os.path.abspath(config.output_dir)
-    if "://" in absolute:
-        raise ConfigError(f"output_dir={absolute!r} must be a local (or network-mounted) folder")
-    return builtin_paths(replace(config, output_dir=absolute))
+    if "://" in config.output_dir:
+        raise ConfigError(f"output_dir={config.output_dir!r} must be a local (or network-mounted) folder")
+    base = Path.cwd()
+    if _UPLOADED in base.parts:  # Ray deletes the copy that it runs an uploaded job in
+        base = Path.home() / "raydistill"
+    return builtin_paths(replace(config, output_dir=str(base / config.output_dir)))
 
 
 def _run_inline(config: RunConfig) -> None:
@@ -108,11 +111,13 @@ def _run_inline(config: RunConfig) -> None:
 
 
 def _run_on_ray(config: RunConfig) -> None:
+    # Ray takes 127.0.0.1 for "any address" on Linux unless told otherwise; it reads this when it is imported
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     from raydistill.runtime import actors, ray_train
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mine = not ray.is_initialized()
     if mine:
         new = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     progress = last.manifest["progress"]
     summary: dict[str, Any] = {
         "name": config.name,
+        "run_dir": config.run_dir,
         "method": config.method.kind,
         "generator_updates": progress["generator_updates"],
         "critic_updates": progress["critic_updates"],
@@ -108,5 +110,6 @@ def table(summary: dict[str, Any]) -> str:
             f"{label:<42}{summary[fid]:>14.3f}{summary[accuracy]:>24.3f}" for label, fid, accuracy in rows
         ]
     lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
-    lines.append(f"compare runs: mlflow ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
+    mlflow = Path(sys.executable).with_name("mlflow")
+    lines.append(f"compare runs: {mlflow} ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -217,10 +218,19 @@ def test_bad_samples_are_counted_by_reason_and_their_places_filled_alike_on_any_
         return data
 
     repack(copy, change)
-    whole = reader(copy, max_rejected_share=0.5)
+    # all shards in one block, so that every bad sample of an epoch draws from the same forty
+    whole = reader(copy, max_rejected_share=0.5, shuffle_shards=7)
     ranks = [
-        reader(copy, max_rejected_share=0.5, rank=r, world_size=2, micro_batch_size=3, num_workers=2)
-        for r in (0, 1)
+        reader(
+            copy,
+            max_rejected_share=0.5,
+            shuffle_shards=7,
+            rank=rank,
+            world_size=2,
+            micro_batch_size=3,
+            num_workers=2,
+        )
+        for rank in (0, 1)
     ]
     keys = []
     for step in range(25):
@@ -230,6 +240,10 @@ def test_bad_samples_are_counted_by_reason_and_their_places_filled_alike_on_any_
     assert len(keys) == 300
     bad = {3, 20, 7, 11, 12, 15, 16, 17, 18, 19}
     assert {int(key) for key in keys} == set(range(1, 51)) - bad
+    for start in range(0, 300, 50):
+        stand_ins = Counter(keys[start : start + 50]) - Counter(set(keys))
+        assert sum(stand_ins.values()) == 10
+        assert len(stand_ins) >= 5
     counters = whole.counters
     reasons = {name.removeprefix("rejected/") for name in counters} - {"accepted", "rejected"}
     assert reasons == {
@@ -378,6 +392,13 @@ def test_no_more_is_read_ahead_than_allowed(shards: Path) -> None:
     threading.Event().wait(0.3)
     # one sample checked at the start, one micro-batch handed out and three ahead
     assert stream.images_decoded == 1 + 4 * 2
+
+
+def test_what_was_read_ahead_is_dropped_when_another_batch_is_asked_for(shards: Path) -> None:
+    stream = reader(shards, ("text",), num_workers=1, prefetch_micro_batches=2)
+    for step in (0, 30, 5, 60, 1):
+        list(stream.batch(step))
+        assert len(stream._window._futures) == 2
 
 
 def test_threads_end_with_their_reader(shards: Path) -> None:

@@ -1,0 +1,241 @@
+"""Whole runs of the default job on a small data set: killed, stopped, resumed, under Ray, and fed bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raydistill.checkpoint import Snapshots
+from raydistill.config import apply_overrides
+from raydistill.errors import CheckpointError, ConfigError, DataError, PlacementError, TrackingError, TrainingError
+from raydistill.runtime.commands import evaluate, export, sample
+from raydistill.runtime.run import run
+from raydistill.runtime.settings import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "jobs" / "dmd2_coco.py"
+SMALL = [
+    "prepare.num_train=96", "prepare.num_val=48", "prepare.samples_per_shard=32", "train.batch_size=8",
+    "train.generator_updates=6", "method.critic_updates_per_generator=2", "checkpoint.every=2", "evaluator.every=4",
+    "evaluator.num_samples=32", "evaluator.batch_size=16", "evaluator.teacher_steps=2", "evaluator.grid_images=2",
+    "checkpoint.keep=10",
+]  # fmt: skip
+CHANGES_WITH_THE_CLOCK = ("time/", "throughput/", "memory/", "snapshot/", "eval/seconds", "eval/lag", "data/")
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def settings(output_dir: Path, name: str, *more: str) -> list[str]:
+    return [f"output_dir={output_dir}", f"name={name}", "placement.session=inline", *SMALL, *more]
+
+
+def job(*overrides: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(JOB), *overrides],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 240) -> str:
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, output
+    return output
+
+
+def recipe(*overrides: str) -> RunConfig:
+    sys.path.insert(0, str(ROOT / "jobs"))
+    try:
+        import dmd2_coco
+    finally:
+        sys.path.pop(0)
+    return apply_overrides(dmd2_coco.recipe(), overrides)
+
+
+def points(run_dir: Path) -> dict[tuple[str, int], float]:
+    """Every journaled figure that does not depend on the clock; a point that is there twice is an error."""
+    found: dict[tuple[str, int], float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for name, value in entry.get("values", {}).items():
+            if not name.startswith(CHANGES_WITH_THE_CLOCK):
+                assert (name, entry["step"]) not in found
+                found[name, entry["step"]] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(output_dir: Path) -> Path:
+    """The undisturbed run."""
+    output = finish(job(*settings(output_dir, "whole")))
+    assert output.splitlines()[-1] == f"summary: {output_dir}/whole/summary.json"
+    return output_dir / "whole"
+
+
+def test_summary_holds_the_promised_figures(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["method"] == "dmd2"
+    assert (summary["generator_updates"], summary["critic_updates"], summary["images"]) == (6, 12, 96)
+    for name in ("toyfid_start", "toyfid_end", "toyfid_teacher", "prompt_accuracy", "wall_s"):
+        assert summary[name] >= 0
+    assert summary["toyfid_samples"] == summary["prompt_accuracy_samples"] == 32
+    assert [step for step, _, _ in summary["curve"]] == [0, 4, 6]
+    assert summary["toyfid_teacher"] < summary["toyfid_start"]
+    assert sorted(p.name for p in (whole / "artifacts" / "grids").iterdir()) == [
+        "grid_00000000.png", "grid_00000004.png", "grid_00000006.png",
+    ]  # fmt: skip
+
+
+def test_run_killed_in_mid_update_and_started_again_repeats_every_figure_in_one_mlflow_run(
+    whole: Path, output_dir: Path
+) -> None:
+    overrides = settings(output_dir, "killed")
+    process = job(*overrides)
+    manifest = Path(Snapshots(str(output_dir / "killed" / "snapshots"), keep=1).path(2)) / "manifest.json"
+    deadline = time.monotonic() + 180
+    while not manifest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (output_dir / "killed" / "summary.json").exists()
+
+    output = finish(job(*overrides))
+    assert "resumed from" in output
+    assert points(output_dir / "killed") == points(whole)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+    experiment = client.get_experiment_by_name("raydistill")
+    assert experiment is not None
+    runs = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "killed"]
+    assert len(runs) == 1
+    steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss/dm")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert runs[0].info.status == "FINISHED"
+
+
+def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, output_dir: Path) -> None:
+    overrides = settings(output_dir, "stopped", "checkpoint.every=1000", "evaluator.every=1000")
+    process = job(*overrides)
+    folder = output_dir / "stopped"
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
+        if '"loss/dm"' in (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else False:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "the same command goes on from its snapshot" in output
+    steps = Snapshots(str(folder / "snapshots"), keep=1).steps()
+    assert 0 < steps[-1] < 6
+    finish(job(*overrides))
+    losses = {key: value for key, value in points(whole).items() if key[0].startswith(("loss/", "grad_norm/"))}
+    assert {k: v for k, v in points(folder).items() if k[0].startswith(("loss/", "grad_norm/"))} == losses
+
+
+@pytest.mark.ray
+def test_run_under_ray_train_gives_the_figures_of_the_inline_run(whole: Path, output_dir: Path) -> None:
+    overrides = settings(output_dir, "under_ray", "placement.session=ray", "placement.cpus_per_worker=1")
+    output = finish(job(*overrides), timeout_s=400)
+    assert output.splitlines()[-1] == f"summary: {output_dir}/under_ray/summary.json"
+    expected, found = points(whole), points(output_dir / "under_ray")
+    # the evaluator takes the newest snapshot only, so a figure in the middle may be passed over
+    optional = {key for key in expected if key[0].startswith("eval/") and key[1] == 4} | {
+        key for key in expected | found if key[0] == "eval/skipped"
+    }
+    assert {k: v for k, v in found.items() if k not in optional} == {
+        k: v for k, v in expected.items() if k not in optional
+    }
+
+
+def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: Path) -> None:
+    picture = sample(str(whole), prompts=["a red circle", "a blue square"], out=str(tmp_path / "s.png"), num_images=2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    figures = evaluate(str(whole))
+    journaled = points(whole)
+    assert figures["step"] == 6
+    assert figures["eval/toyfid_32"] == pytest.approx(journaled["eval/toyfid_32", 6], rel=1e-6)
+    out = export(str(whole), str(tmp_path / "export"), step=6)
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    with pytest.raises(ConfigError, match="exists already"):
+        export(str(whole), str(tmp_path / "export"))
+    with pytest.raises(ConfigError, match="holds no snapshot"):
+        evaluate(str(tmp_path))
+
+
+def test_resuming_with_settings_that_change_the_numbers_is_refused(whole: Path, output_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"generator\.lr: .* then, 0\.5 now"):
+        run(recipe(*settings(output_dir, "whole", "generator.lr=0.5", "train.generator_updates=9")))
+
+
+def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_replays_it(
+    whole: Path, output_dir: Path
+) -> None:
+    bad = settings(output_dir, "diverges", "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false")
+    with pytest.raises(TrainingError, match=r"non-finite .*\.lr, now"):
+        run(recipe(*bad))
+    replay = Snapshots(str(output_dir / "diverges" / "replay"), keep=1).latest()
+    assert replay is not None
+    assert replay.manifest["progress"]["generator_updates"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "named"),
+    [
+        (["data.shards=/nowhere/shards", "prepare.coco=none"], DataError, r"/nowhere/shards"),
+        (["train.micro_batch_size=3"], ConfigError, r"train\.batch_size=8 is not divisible"),
+        (["tracking.uri=http://127.0.0.1:9"], TrackingError, r"tracking\.uri"),
+        (["teacher.path=/nowhere/teacher"], ConfigError, r"teacher\.path='/nowhere/teacher'"),
+        (["placement.workers=2"], PlacementError, r"placement\.workers=2"),
+        (["evaluator.num_samples=4000"], ConfigError, r"evaluator\.num_samples=4000"),
+        (["evaluator.weights=ema", "generator.ema_halflife_images=0"], ConfigError, r"generator\.ema_halflife_images"),
+        (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
+        (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_that_names_the_setting(
+    whole: Path, output_dir: Path, overrides: list[str], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named) as caught:
+        run(recipe(*settings(output_dir, "bad", *overrides)))
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_shards_of_another_teacher_are_refused(whole: Path, output_dir: Path) -> None:
+    data = next((output_dir / "data").iterdir()) / "shards"
+    index = json.loads((data / "index.json").read_text())
+    assert index["encoder"]
+    other = output_dir / "other_shards"
+    other.mkdir()
+    for file in data.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "index.json").write_text(json.dumps(index | {"encoder": "0" * 64}))
+    with pytest.raises(DataError, match=r"teacher\.path"):
+        run(recipe(*settings(output_dir, "other", f"data.shards={other}", "prepare.coco=none")))
+
+
+def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(whole: Path, output_dir: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"output_dir|checkpoint\.keep"):
+            run(recipe(*settings(output_dir, "full", "tracking.uri=none", "evaluator.enabled=false")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert Snapshots(str(output_dir / "full" / "snapshots"), keep=1).latest() is None
