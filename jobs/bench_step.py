@@ -1,7 +1,7 @@
 """Time one DMD2 generator update with its R critic updates; no Ray, on CPU or GPU.
 
     python jobs/bench_step.py --out step.json               the embedded size and an EDM-like pixel size
-    python jobs/bench_step.py --size edm32 --batch 64 --gpu        CIFAR-10's 32x32 pixels with a UNet of 56 M parameters
+    python jobs/bench_step.py --size edm32 --batch 64 --gpu   CIFAR-10's 32x32 pixels, a UNet of 56 M parameters
 
 Each size runs the trainer's own code on random-weight or shipped networks, standard-normal samples standing in for the
 data, and prints median seconds of a warm update, forward equivalents by role as counted by hooks beside the plan's,

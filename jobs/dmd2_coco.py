@@ -1,11 +1,11 @@
 """DMD2 on captioned images: distil a text-to-image teacher into a one-step generator.
 
-    python jobs/dmd2_coco.py                            the embedded teacher and data, minutes on two cores
-    python jobs/dmd2_coco.py --dry-run                  settings, bytes per role, forwards per update
-    python jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ratio10
-    python jobs/dmd2_coco.py --preset long              on to the teacher's own quality, within an hour
-    python jobs/dmd2_coco.py --preset four_step         four steps with backward simulation
-    ray job submit -- python jobs/dmd2_coco.py          the same as a Ray job
+python jobs/dmd2_coco.py                            the embedded teacher and data, minutes on two cores
+python jobs/dmd2_coco.py --dry-run                  settings, bytes per role, forwards per update
+python jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ratio10
+python jobs/dmd2_coco.py --preset long              on to the teacher's own quality, within an hour
+python jobs/dmd2_coco.py --preset four_step         four steps with backward simulation
+ray job submit -- python jobs/dmd2_coco.py          the same as a Ray job
 """
 
 from dataclasses import replace

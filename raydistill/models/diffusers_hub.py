@@ -283,7 +283,14 @@ def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[int])
     Its grid begins at its last training timestep, so a generator that starts below the teacher's gets the teacher's
     betas up to there. Raises ConfigError for a grid that is not evenly spaced from its first timestep down.
     """
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+    )
     config = {name: teacher_config[name] for name in kept if name in teacher_config}
     wanted = list(timesteps)
     num = wanted[0] + 1

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,7 @@ from raydistill.roles.teacher import TeacherScorer
 from raydistill.runtime import build
 from raydistill.runtime.session import EvaluationQueue, Session
 from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig
+from raydistill.tracking import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -430,11 +431,14 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
 
 def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
     """What a snapshot says of its run; all draws and the data order follow from seed and counters."""
+    config = trainer.config
+    if config.tracking.uri:
+        config = replace(config, tracking=replace(config.tracking, uri=without_secrets(config.tracking.uri)))
     return {
         "method": trainer.config.method.kind,
         "progress": vars(trainer.progress).copy(),
-        "config": to_dict(trainer.config),
-        "settings": flatten(trainer.config),
+        "config": to_dict(config),
+        "settings": flatten(config),
         "teacher_fingerprint": trainer.pipeline.fingerprint,
         "tracking_run_id": session.run_id,
         "world_size": session.world.size,

@@ -12,6 +12,7 @@ from raydistill.models.diffusers_hub import export_pipeline
 from raydistill.roles.critic import strip
 from raydistill.runtime.loop import best_metric
 from raydistill.runtime.settings import RunConfig, teacher_folder
+from raydistill.tracking import without_secrets
 
 
 def summarise(config: RunConfig, run_id: str) -> Path:
@@ -33,7 +34,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
         "teacher": config.teacher.path,
         "teacher_steps": config.evaluator.teacher_steps,
         "seed": config.seed,
-        "mlflow_uri": config.tracking.uri or f"sqlite:///{config.output_dir}/mlflow.db",
+        "mlflow_uri": without_secrets(config.tracking.uri or f"sqlite:///{config.output_dir}/mlflow.db"),
         "mlflow_run_id": run_id,
     }
     best = last

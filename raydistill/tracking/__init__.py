@@ -8,7 +8,8 @@ restart. This package is the only place that imports mlflow, and it does so when
 """
 
 from raydistill.tracking.journal import previous_run_id
+from raydistill.tracking.mlflow_run import without_secrets
 from raydistill.tracking.names import METRICS, check_metric_names
 from raydistill.tracking.tracker import Tracker, TrackingConfig
 
-__all__ = ["METRICS", "Tracker", "TrackingConfig", "check_metric_names", "previous_run_id"]
+__all__ = ["METRICS", "Tracker", "TrackingConfig", "check_metric_names", "previous_run_id", "without_secrets"]

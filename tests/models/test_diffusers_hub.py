@@ -85,7 +85,9 @@ def test_x0_follows_from_the_networks_own_eps(pipeline: TextToImage) -> None:
 
 def test_input_gradients_reach_x_t_and_not_the_frozen_weights(pipeline: TextToImage) -> None:
     x_t = torch.randn(2, *pipeline.latent_shape, requires_grad=True)
-    pipeline.denoiser(x_t, torch.tensor([100.0, 900.0]), pipeline.encode_text(PROMPTS)).square().sum().backward()
+    pipeline.denoiser(
+        x_t, torch.tensor([100.0, 900.0]), pipeline.encode_text(PROMPTS)
+    ).square().sum().backward()
     assert x_t.grad is not None
     assert x_t.grad.abs().sum() > 0
     assert all(p.grad is None for p in pipeline.denoiser.parameters())
@@ -159,7 +161,9 @@ def test_exported_folder_gives_plain_diffusers_the_trainers_samples(
     draws, positions = Draws(0), range(len(PROMPTS))
     noise = draws.normal("sample/noise", 0, positions, pipeline.latent_shape)
     cond = pipeline.encode_text(PROMPTS)
-    renoise = iter([draws.normal(f"again_{n}", 0, positions, pipeline.latent_shape) for n in range(len(timesteps))])
+    renoise = iter(
+        [draws.normal(f"again_{n}", 0, positions, pipeline.latent_shape) for n in range(len(timesteps))]
+    )
     kept = []
 
     def take(*_: object, **__: object) -> Tensor:
@@ -194,9 +198,15 @@ def test_timesteps_that_no_scheduler_visits_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "named"),
-    [("scheduler", "no scheduler/ folder"), ("unet", "no unet/ folder"), ("model_index.json", "model_index.json is missing")],
+    [
+        ("scheduler", "no scheduler/ folder"),
+        ("unet", "no unet/ folder"),
+        ("model_index.json", "model_index.json is missing"),
+    ],
 )
-def test_incomplete_teacher_folder_is_refused_by_setting_and_part(tmp_path: Path, missing: str, named: str) -> None:
+def test_incomplete_teacher_folder_is_refused_by_setting_and_part(
+    tmp_path: Path, missing: str, named: str
+) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(FOLDER, folder)
     target = folder / missing

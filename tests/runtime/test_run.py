@@ -12,7 +12,14 @@ import pytest
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import apply_overrides
-from raydistill.errors import CheckpointError, ConfigError, DataError, PlacementError, TrackingError, TrainingError
+from raydistill.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PlacementError,
+    TrackingError,
+    TrainingError,
+)
 from raydistill.runtime.commands import evaluate, export, sample
 from raydistill.runtime.run import run
 from raydistill.runtime.settings import RunConfig
@@ -130,7 +137,11 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
     folder = output_dir / "stopped"
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
-        if '"loss/dm"' in (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else False:
+        if (
+            '"loss/dm"' in (folder / "metrics.jsonl").read_text()
+            if (folder / "metrics.jsonl").exists()
+            else False
+        ):
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -140,7 +151,9 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
     steps = Snapshots(str(folder / "snapshots"), keep=1).steps()
     assert 0 < steps[-1] < 6
     finish(job(*overrides))
-    losses = {key: value for key, value in points(whole).items() if key[0].startswith(("loss/", "grad_norm/"))}
+    losses = {
+        key: value for key, value in points(whole).items() if key[0].startswith(("loss/", "grad_norm/"))
+    }
     assert {k: v for k, v in points(folder).items() if k[0].startswith(("loss/", "grad_norm/"))} == losses
 
 
@@ -160,14 +173,18 @@ def test_run_under_ray_train_gives_the_figures_of_the_inline_run(whole: Path, ou
 
 
 def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: Path) -> None:
-    picture = sample(str(whole), prompts=["a red circle", "a blue square"], out=str(tmp_path / "s.png"), num_images=2)
+    picture = sample(
+        str(whole), prompts=["a red circle", "a blue square"], out=str(tmp_path / "s.png"), num_images=2
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
     figures = evaluate(str(whole))
     journaled = points(whole)
     assert figures["step"] == 6
     assert figures["eval/toyfid_32"] == pytest.approx(journaled["eval/toyfid_32", 6], rel=1e-6)
     out = export(str(whole), str(tmp_path / "export"), step=6)
-    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    assert (
+        json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    )
     with pytest.raises(ConfigError, match="exists already"):
         export(str(whole), str(tmp_path / "export"))
     with pytest.raises(ConfigError, match="holds no snapshot"):
@@ -182,7 +199,9 @@ def test_resuming_with_settings_that_change_the_numbers_is_refused(whole: Path, 
 def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_replays_it(
     whole: Path, output_dir: Path
 ) -> None:
-    bad = settings(output_dir, "diverges", "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false")
+    bad = settings(
+        output_dir, "diverges", "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false"
+    )
     with pytest.raises(TrainingError, match=r"non-finite .*\.lr, now"):
         run(recipe(*bad))
     replay = Snapshots(str(output_dir / "diverges" / "replay"), keep=1).latest()
@@ -199,7 +218,11 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
         (["teacher.path=/nowhere/teacher"], ConfigError, r"teacher\.path='/nowhere/teacher'"),
         (["placement.workers=2"], PlacementError, r"placement\.workers=2"),
         (["evaluator.num_samples=4000"], ConfigError, r"evaluator\.num_samples=4000"),
-        (["evaluator.weights=ema", "generator.ema_halflife_images=0"], ConfigError, r"generator\.ema_halflife_images"),
+        (
+            ["evaluator.weights=ema", "generator.ema_halflife_images=0"],
+            ConfigError,
+            r"generator\.ema_halflife_images",
+        ),
         (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
         (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
     ],
@@ -226,7 +249,9 @@ def test_shards_of_another_teacher_are_refused(whole: Path, output_dir: Path) ->
         run(recipe(*settings(output_dir, "other", f"data.shards={other}", "prepare.coco=none")))
 
 
-def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(whole: Path, output_dir: Path) -> None:
+def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(
+    whole: Path, output_dir: Path
+) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
