@@ -1,0 +1,96 @@
+"""The evaluation queue: newest wins, first and last always, nothing asked twice, nothing lost with the process."""
+
+from pathlib import Path
+
+from raydistill.roles.evaluator import Evaluation
+from raydistill.runtime.session import EvaluationQueue, request_stop, stop_requested
+
+
+class SlowEvaluator:
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.ready = False
+
+    def start(self, path: str | None, step: int) -> None:
+        self.asked.append(step)
+
+    def busy(self) -> bool:
+        return False
+
+    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
+        if not self.ready:
+            return None
+        self.ready = False
+        step = self.asked[-1]
+        return step, Evaluation({"eval/toyfid_10": float(abs(step - 30))}, {"hash": "h"}, b"png")
+
+
+class Notes:
+    """What was recorded, in order."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[str] = []
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.points.append((step, dict(values)))
+
+    def tags(self, tags: dict[str, object]) -> None:
+        pass
+
+    def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
+        self.pictures.append(name)
+
+    def sync(self) -> None:
+        pass
+
+
+def answer(queue: EvaluationQueue, evaluator: SlowEvaluator, now: int) -> None:
+    evaluator.ready = True
+    queue.poll(now)
+
+
+def test_newest_snapshot_takes_the_waiting_ones_place_but_the_marked_ones_stay(tmp_path: Path) -> None:
+    evaluator, notes = SlowEvaluator(), Notes()
+    queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
+    queue.submit("a", 0, must=True)
+    queue.submit("b", 10)
+    queue.submit("c", 20)
+    queue.submit("d", 30)
+    assert evaluator.asked == [0]
+    assert queue.pending_steps() == {0, 30}
+    answer(queue, evaluator, now=31)
+    assert evaluator.asked == [0, 30]
+    queue.submit("e", 40, must=True)
+    queue.submit("f", 50)
+    assert queue.pending_steps() == {30, 40, 50}
+    for _ in range(3):
+        answer(queue, evaluator, now=60)
+    assert evaluator.asked == [0, 30, 40, 50]
+    assert queue.best_step("eval/toyfid_10") == 30
+    # figures are posted at the snapshot's own step, with the lag and the number passed over
+    step, values = notes.points[1]
+    assert (step, values["eval/lag_updates"], values["eval/skipped"]) == (30, 30.0, 2.0)
+    assert notes.pictures[0] == "grid_00000000.png"
+
+
+def test_ledger_outlives_the_process_and_only_unanswered_steps_are_asked_again(tmp_path: Path) -> None:
+    evaluator, notes = SlowEvaluator(), Notes()
+    queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
+    queue.submit("a", 0, must=True)
+    answer(queue, evaluator, now=1)
+    queue.submit("b", 10, must=True)
+    # the process dies here
+    again = SlowEvaluator()
+    queue = EvaluationQueue(again, notes, str(tmp_path))  # type: ignore[arg-type]
+    queue.submit("a", 0, must=True)
+    queue.submit("b", 10, must=True)
+    assert again.asked == [10]
+
+
+def test_stop_request_is_seen(tmp_path: Path) -> None:
+    assert not stop_requested(str(tmp_path))
+    request_stop(str(tmp_path))
+    assert stop_requested(str(tmp_path))
