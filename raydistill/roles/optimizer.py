@@ -29,6 +29,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 500
     """Optimiser steps of this role over which the learning rate rises linearly."""
+    decay_steps: int = 0
+    """Optimiser steps of this role over which the rate falls linearly to 0; 0 keeps it constant, as DMD2 does."""
     clip_norm: float = 10.0
     """Largest gradient norm; larger gradients are scaled down."""
 
@@ -36,8 +38,9 @@ class OptimizerConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"lr and clip_norm must be positive, {name} is {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps={self.warmup_steps} must not be negative")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
 
 class RoleOptimizer:
@@ -63,9 +66,11 @@ class RoleOptimizer:
         base = (
             self.config.lr_gan_stage if gan_stage and self.config.lr_gan_stage is not None else self.config.lr
         )
-        if not self.config.warmup_steps:
-            return base
-        return base * min(1.0, (self.steps + 1) / self.config.warmup_steps)
+        if self.config.warmup_steps:
+            base *= min(1.0, (self.steps + 1) / self.config.warmup_steps)
+        if self.config.decay_steps:
+            base *= max(0.0, 1.0 - self.steps / self.config.decay_steps)
+        return base
 
     def step(self, scalars: dict[str, Tensor], *, gan_stage: bool) -> dict[str, float]:
         """Take one optimiser step and return the scalars, averaged over the ranks, with the gradient norm.

@@ -84,7 +84,7 @@ class Tracker:
             self.run_id = self._run.run_id
         self._journal = Journal(self.run_dir, self.run_id, config.journal_max_mb * 2**20)
         self._retry_max_s = config.retry_max_s
-        self._latest: dict[str, float] = {}
+        self._latest: dict[str, tuple[int, float]] = {}
         self._last_step = 0
         self._repeated = 0
         self._lost_entries = 0
@@ -107,12 +107,11 @@ class Tracker:
         numbers = {name: float(value) for name, value in values.items()}
         now = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
         self._repeated += len(numbers) - self._journal.append_metrics(numbers, int(step), now)
-        # late results of older steps must not hide newer ones
-        if step >= self._last_step:
-            self._last_step = int(step)
-            self._latest.update(numbers)
-        else:
-            self._latest |= {name: value for name, value in numbers.items() if name not in self._latest}
+        # a late result of an older step must not hide a newer one of the same name
+        for name, value in numbers.items():
+            if step >= self._latest.get(name, (0, 0.0))[0]:
+                self._latest[name] = int(step), value
+        self._last_step = max(self._last_step, int(step))
         self._wake.set()
 
     def params(self, flat: Mapping[str, Any]) -> None:
@@ -146,7 +145,7 @@ class Tracker:
         """Latest values and step for a progress bar, and what is waiting, repeated or lost."""
         return {
             "step": self._last_step,
-            "values": dict(self._latest),
+            "values": {name: value for name, (_, value) in self._latest.items()},
             "unsent_bytes": self._journal.unsent_bytes if self._run else 0,
             "repeated_points": self._repeated,
             "dropped_points": self._journal.dropped_points,

@@ -1,6 +1,6 @@
 """Shards behind a URL: an S3 service over HTTP on this machine, its failures, the cache folder, the memory bound."""
 
-import threading
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,24 +103,30 @@ def test_missing_shards_folders_and_buckets_are_named(bucket: s3fs.S3FileSystem,
 
 
 def test_a_service_that_is_back_after_a_while_is_asked_again(
-    bucket: s3fs.S3FileSystem, shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: s3fs.S3FileSystem, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.3)
     first = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     first.start()
     _, port = first.get_host_and_port()
     first.stop()
     # both servers of this process answer from one store, so the shards are there when the second one starts
     second = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    later = threading.Timer(0.4, second.start)
-    later.start()
+
+    class StartAtFirstWarning(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "next attempt in" in record.getMessage() and not second._server_ready:
+                second.start()
+
+    handler = StartAtFirstWarning()
+    storage.log.addHandler(handler)
     try:
         assert stream(reader(URL, f"http://127.0.0.1:{port}")) == stream(reader(shards))
     finally:
-        later.join()
+        storage.log.removeHandler(handler)
         second.stop()
-    assert "next attempt in" in caplog.text
-    assert SECRET not in caplog.text
+    warnings = [r.getMessage() for r in caplog.records if r.name == storage.log.name]
+    assert warnings
+    assert all("EndpointConnectionError" in text and SECRET not in text for text in warnings)
 
 
 def test_a_service_that_stays_away_is_reported_without_secrets(bucket: s3fs.S3FileSystem) -> None:
