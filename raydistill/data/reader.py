@@ -54,7 +54,7 @@ class DataConfig:
     max_rejected_share: float = 0.01
     """Share of samples that may be unusable before the run stops."""
     timeout_s: float = 300.0
-    """Seconds without a batch after which the run stops (num_workers > 0)."""
+    """Seconds without a batch, or without an answer from a URL, after which the run stops."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -127,6 +127,7 @@ class ShardReader:
             config.shards,
             cache_dir=config.cache_dir,
             endpoint_url=config.endpoint_url,
+            timeout_s=config.timeout_s,
             max_open=max(2 * config.shuffle_shards, 16),
         )
         self._index = self._shards.index

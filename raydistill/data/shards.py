@@ -104,9 +104,12 @@ class ShardSet:
         *,
         cache_dir: str | None = None,
         endpoint_url: str | None = None,
+        timeout_s: float = 300.0,
         max_open: int = 16,
     ):
         """shards: a folder, one tar, or a glob over tars; local or a URL such as s3://bucket/prefix.
+
+        timeout_s: how long a URL is tried. max_open: shards kept open.
 
         Raises DataError for an empty glob, a folder without index, a shard that is missing or has another
         size than its index says, and for folders that hold different things.
@@ -121,7 +124,8 @@ class ShardSet:
                 "data.shards is empty: give a folder of shards, a glob over tars, or an s3:// URL"
             )
         indexes = []
-        for folder, pattern in self._folders(shards, cache_dir, endpoint_url):
+        remote = {"cache_dir": cache_dir, "endpoint_url": endpoint_url, "timeout_s": timeout_s}
+        for folder, pattern in self._folders(shards, remote):
             index, infos = _listed(folder, pattern, shards)
             indexes.append((folder, index))
             self._entries.extend((folder, info) for info in infos)
@@ -138,14 +142,12 @@ class ShardSet:
             raise DataError(f"data.shards={shards!r} holds no samples")
 
     @staticmethod
-    def _folders(
-        shards: str, cache_dir: str | None, endpoint_url: str | None
-    ) -> list[tuple[LocalFolder | RemoteFolder, str | None]]:
+    def _folders(shards: str, remote: dict[str, Any]) -> list[tuple[LocalFolder | RemoteFolder, str | None]]:
         """Folders and the pattern that picks shards in each; None picks what the index lists."""
         parent, _, last = shards.rstrip("/").rpartition("/")
         picks = last.endswith(".tar") or any(mark in last for mark in "*?[")
         if is_remote(shards):
-            folder = RemoteFolder(parent if picks else shards, cache_dir=cache_dir, endpoint_url=endpoint_url)
+            folder = RemoteFolder(parent if picks else shards, **remote)
             return [(folder, last if picks else None)]
         if not picks:
             return [(LocalFolder(shards), None)]

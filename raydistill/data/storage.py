@@ -68,8 +68,18 @@ class LocalFolder:
 class RemoteFolder:
     """Shards under a URL; downloaded to `cache_dir` once per machine, or held in memory without one."""
 
-    def __init__(self, root: str, *, cache_dir: str | None = None, endpoint_url: str | None = None):
-        """endpoint_url: of an S3 service other than AWS. Raises ConfigError for a URL with credentials."""
+    def __init__(
+        self,
+        root: str,
+        *,
+        cache_dir: str | None = None,
+        endpoint_url: str | None = None,
+        timeout_s: float = 300.0,
+    ):
+        """endpoint_url: of an S3 service other than AWS. timeout_s: after so long, no further attempt is made.
+
+        Raises ConfigError for a URL with credentials.
+        """
         if "@" in urlsplit(root).netloc:
             raise ConfigError(
                 "data.shards has credentials in its URL; put them in the environment (AWS_ACCESS_KEY_ID, "
@@ -80,13 +90,18 @@ class RemoteFolder:
         self.root = root.rstrip("/")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         options: dict[str, Any] = {}
+        self._timeout_s = timeout_s
         self._transient: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError)
         if urlsplit(root).scheme in ("s3", "s3a"):
             from botocore.exceptions import BotoCoreError, ClientError
 
             self._transient += (BotoCoreError, ClientError)
             # Our own retries see every failure, so botocore's would only multiply the waiting.
-            config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}}
+            config = {
+                "connect_timeout": min(10, timeout_s),
+                "read_timeout": min(60, timeout_s),
+                "retries": {"max_attempts": 0},
+            }
             options = {"endpoint_url": endpoint_url, "config_kwargs": config, "use_listings_cache": False}
         try:
             self._fs, self._prefix = fsspec.core.url_to_fs(self.root, **options)
@@ -139,6 +154,7 @@ class RemoteFolder:
 
     def _retry(self, path: str, read: Callable[[], T]) -> T:
         pause = _FIRST_PAUSE_S
+        started = time.monotonic()
         for attempt in range(_RETRIES + 1):
             try:
                 return read()
@@ -150,9 +166,9 @@ class RemoteFolder:
                         f"data.shards: no credentials for {path}; set AWS_ACCESS_KEY_ID and "
                         "AWS_SECRET_ACCESS_KEY"
                     ) from error
-                if attempt == _RETRIES:
+                if attempt == _RETRIES or time.monotonic() - started > self._timeout_s:
                     raise DataError(
-                        f"data.shards: {path} can't be read after {_RETRIES + 1} attempts: {_why(error)}"
+                        f"data.shards: {path} can't be read after {attempt + 1} attempts: {_why(error)}"
                     ) from error
                 log.warning("%s: %s; next attempt in %.1f s", path, _why(error), pause)
                 time.sleep(pause)

@@ -59,10 +59,8 @@ class EvaluatorConfig:
     """DDIM steps of the teacher's own figure."""
     grid_images: int = 8
     """Columns of the picture."""
-    threads: int = 1
-    """CPU threads of the evaluator's process."""
-    niceness: int = 10
-    """How far it gives way to the trainers on a shared processor (0 to 19)."""
+    threads: int = 2
+    """CPU threads of the evaluator's process, which runs at idle priority: it takes what the trainers leave."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:

@@ -68,8 +68,9 @@ class _EvaluatorActor:
 
         self._config = config_from_dict(config)
         self._built: Evaluator | None = None
-        torch.set_num_threads(self._config.evaluator.threads)
-        os.nice(self._config.evaluator.niceness)
+        if self._config.evaluator.threads:
+            torch.set_num_threads(self._config.evaluator.threads)
+        give_way()
 
     def pid(self) -> int:
         return os.getpid()
@@ -80,6 +81,13 @@ class _EvaluatorActor:
                 self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu"
             )
         return evaluate_snapshot(self._built, self._config, step)
+
+
+def give_way() -> None:
+    """Run this process only where a processor has nothing else to do, as far as the system can tell."""
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def start_tracker(config: dict[str, Any]) -> Any:

@@ -282,6 +282,8 @@ def _head_environment() -> dict[str, str]:
     # Without this Ray replaces 127.0.0.1 by the machine's outer address, and then GCS and raylet listen on
     # all interfaces.
     env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Ray starts its workers at niceness 15; the evaluator could then not give way to the trainers
+    env.setdefault("RAY_worker_niceness", "0")
     env.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     env.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(JOB_STOP_WAIT_S))
     return env

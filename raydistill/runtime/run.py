@@ -114,6 +114,7 @@ def _run_on_ray(config: RunConfig) -> None:
     # Ray takes 127.0.0.1 for "any address" on Linux unless told otherwise; it reads this when it is imported
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: the evaluator could not give way then
     import ray
 
     from raydistill.runtime import actors, ray_train

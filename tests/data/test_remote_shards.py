@@ -1,6 +1,7 @@
 """Shards behind a URL: an S3 service over HTTP on this machine, its failures, the cache folder, the memory bound."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,20 +103,18 @@ def test_missing_shards_folders_and_buckets_are_named(bucket: s3fs.S3FileSystem,
         reader(URL, server)
 
 
-def test_a_service_that_is_back_after_a_while_is_asked_again(
-    bucket: s3fs.S3FileSystem, shards: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    first.start()
-    _, port = first.get_host_and_port()
-    first.stop()
-    # both servers of this process answer from one store, so the shards are there when the second one starts
-    second = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+def test_a_service_that_is_back_after_a_while_is_asked_again(bucket: s3fs.S3FileSystem, shards: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # all servers of this process answer from one store, so the shards are there once this one starts
+    late = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+    warnings: list[str] = []
 
     class StartAtFirstWarning(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "next attempt in" in record.getMessage() and not second._server_ready:
-                second.start()
+            warnings.append(record.getMessage())
+            if len(warnings) == 1:
+                late.start()
 
     handler = StartAtFirstWarning()
     storage.log.addHandler(handler)
@@ -123,10 +122,11 @@ def test_a_service_that_is_back_after_a_while_is_asked_again(
         assert stream(reader(URL, f"http://127.0.0.1:{port}")) == stream(reader(shards))
     finally:
         storage.log.removeHandler(handler)
-        second.stop()
-    warnings = [r.getMessage() for r in caplog.records if r.name == storage.log.name]
-    assert warnings
-    assert all("EndpointConnectionError" in text and SECRET not in text for text in warnings)
+        late.stop()
+    assert len(warnings) == 1
+    assert "EndpointConnectionError" in warnings[0]
+    assert "next attempt in" in warnings[0]
+    assert SECRET not in warnings[0]
 
 
 def test_a_service_that_stays_away_is_reported_without_secrets(bucket: s3fs.S3FileSystem) -> None:
@@ -136,6 +136,13 @@ def test_a_service_that_stays_away_is_reported_without_secrets(bucket: s3fs.S3Fi
         reader(URL, "http://127.0.0.1:9")
     assert SECRET not in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_service_that_accepts_and_never_answers_is_given_up(bucket: s3fs.S3FileSystem) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DataError, match=r"s3://data/set can't be read after 1 attempts: .*[Tt]imeout"):
+            reader(URL, endpoint, timeout_s=0.2)
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
