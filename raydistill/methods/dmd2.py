@@ -52,7 +52,7 @@ class DMD2Config:
     gan_weight_critic: float = 1e-2
     """lambda_d, in every published configuration."""
     gan_start_update: int = 0
-    """Generator update at which stage 2 begins, i.e. the GAN is switched on (SD1.5: after 40k iterations)."""
+    """Generator update at which stage 2 begins, i.e. the GAN is switched on (SD1.5: 4k)."""
     gan_features: Literal["critic", "teacher"] = "critic"
     """Whose bottleneck feeds the GAN head: the critic's (paper and official code) or the frozen teacher's (FastGen)."""
     dm_min_level: float = 0.02
@@ -101,11 +101,12 @@ class DMD2(Method):
                 f"method.timesteps={config.timesteps} must lie within the teacher's schedule, "
                 f"{schedule.t_min} to {schedule.t_max}"
             )
+        self.starts_from_real = len(config.timesteps) > 1 and config.rollout == "real_data"
         self._gan = config.gan_weight_generator > 0
         self.needs = Needs(
             teacher="vjp" if self._gan and config.gan_features == "teacher" else "score",
             critic="vjp" if self._gan else "score",
-            real_data=self._gan or (len(config.timesteps) > 1 and config.rollout == "real_data"),
+            real_data=self._gan or self.starts_from_real,
             gan_head=self._gan,
         )
         self._dm_times = _level_sampler(

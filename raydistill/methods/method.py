@@ -123,6 +123,8 @@ class Method(ABC):
     needs: Needs
     critic_updates_per_generator: int
     """R: critic optimiser steps for each generator optimiser step."""
+    starts_from_real: bool = False
+    """Whether `generator_input` noises real samples; their captions then condition the generator."""
     sampling_times: tuple[float, ...]
     """Descending noise levels at which the generator is run to make an image."""
 

@@ -210,7 +210,7 @@ def load_pipeline(
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
     if prediction != "auto":
         scheduler_config = scheduler_config | {"prediction_type": prediction}
-    schedule, predicted = schedule_from_diffusers(scheduler_config)
+    schedule, predicted = _schedule(path, scheduler_config)
 
     unet = UNet2DConditionModel.from_pretrained(
         folder / "unet", torch_dtype=DTYPES[dtype], use_safetensors=True
@@ -328,6 +328,15 @@ def _local_folder(path: str, revision: str | None) -> Path:
         ) from error
 
 
+def _schedule(path: str, config: dict[str, Any]) -> tuple[NoiseSchedule, Prediction]:
+    try:
+        return schedule_from_diffusers(config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"teacher.path={path!r}: {error} (teacher.prediction overrides prediction_type)"
+        ) from None
+
+
 def _read_json(file: Path, path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(
@@ -359,7 +368,7 @@ def denoiser_on_meta(path: str, prediction: str = "auto") -> tuple[UNetDenoiser,
     scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
     if prediction != "auto":
         scheduler_config = scheduler_config | {"prediction_type": prediction}
-    schedule, predicted = schedule_from_diffusers(scheduler_config)
+    schedule, predicted = _schedule(path, scheduler_config)
     text = _read_json(folder / "text_encoder" / "config.json", path)
     config = _read_json(folder / "unet" / "config.json", path)
     with torch.device("meta"):

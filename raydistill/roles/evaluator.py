@@ -181,12 +181,6 @@ class Evaluator:
                 partial.replace(cached)
         return Evaluation(metrics, described(protocol), b"")
 
-    def sample_images(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
-        """uint8 images [n, 3, H, W] of evaluation samples `indices` from the generator as last evaluated."""
-        return torch.cat(
-            [self._generate(indices[i : i + 100], denoiser) for i in range(0, len(indices), 100)]
-        )
-
     def _figures(
         self, generate: Callable[[list[int]], Tensor], protocol: Protocol, who: str
     ) -> dict[str, float]:

@@ -39,12 +39,6 @@ class World:
         if bucket:
             self._mean_bucket(bucket)
 
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Give every rank rank 0's values."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self.group)
-
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; a collective call."""
         if self.size == 1:

@@ -97,7 +97,7 @@ def start_tracker(config: dict[str, Any]) -> Any:
 
 def start_evaluator(config: dict[str, Any], gpus: float) -> Any:
     """The evaluator's actor."""
-    options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
     return ray.remote(_EvaluatorActor).options(**options).remote(config)
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,7 @@ from raydistill.diffusion.random import Draws
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.eval.protocol import count_label
 from raydistill.methods.method import Method, PhaseDraws, RealBatch
-from raydistill.models.denoiser import Cond
+from raydistill.models.denoiser import Cond, frozen_weights
 from raydistill.models.diffusers_hub import TextToImage
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
@@ -38,8 +38,7 @@ from raydistill.roles.preflight import preflight
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.runtime import build
 from raydistill.runtime.session import EvaluationQueue, Session
-from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig
-from raydistill.tracking import without_secrets
+from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig, without_tracking_secrets
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +100,7 @@ class Trainer:
         }
         if self.method.needs.real_data:
             self.readers["real"] = self._open("real", ("latent", "text"), size, micro)
+        self._from_real = self.method.starts_from_real
         self.progress = Progress()
         self._data_s = 0.0
 
@@ -120,7 +120,9 @@ class Trainer:
         update = self.progress.generator_updates
         r = self.method.critic_updates_per_generator
         gan_stage = self.method.gan_on(update) and self.method.needs.gan_head
-        values, kept = self._generator_update(update, gan_stage)
+        # frozen until the backward pass is over: checkpointed activations are recomputed in it
+        with frozen_weights(self.critic.critic):
+            values, kept = self._generator_update(update, gan_stage)
         for k in range(r):
             values |= self._critic_update(update * r + k, kept if k == 0 else None, gan_stage)
         seconds = time.perf_counter() - started
@@ -145,11 +147,10 @@ class Trainer:
         kept = []
         reals = self._real_batches(update * self.method.critic_updates_per_generator, rollout_only=True)
         for batch in self._timed(self.readers["prompt/generator"].batch(update)):
-            cond = self._cond(batch)
+            real = next(reals)
+            cond = real.cond if real is not None else self._cond(batch)
             draws = self._phase_draws("generator", update, batch)
-            x = self.generator.sample(
-                self.method, cond, self.pipeline.latent_shape, next(reals), draws, grad=True
-            )
+            x = self.generator.sample(self.method, cond, self.pipeline.latent_shape, real, draws, grad=True)
             leaf = x.detach().requires_grad_()
             queries = self.method.queries(leaf, cond, draws)
             answers = {
@@ -165,17 +166,17 @@ class Trainer:
         self, step: int, kept: list[tuple[Tensor, Cond]] | None, gan_stage: bool
     ) -> dict[str, float]:
         reals = self._real_batches(step)
-        phase = "critic"
         for number, batch in enumerate(self._timed(self.readers["prompt/critic"].batch(step))):
-            draws = self._phase_draws(phase, step, batch)
+            draws, real = self._phase_draws("critic", step, batch), next(reals)
             if kept is None:
-                cond = self._cond(batch)
+                # a generator that starts from noised real samples gets their own captions
+                cond = real.cond if real is not None and self._from_real else self._cond(batch)
                 x = self.generator.sample(
-                    self.method, cond, self.pipeline.latent_shape, None, draws, grad=False
+                    self.method, cond, self.pipeline.latent_shape, real, draws, grad=False
                 )
             else:
                 x, cond = kept[number]
-            losses = self.method.critic_losses(self.critic.critic, x, cond, next(reals), draws)
+            losses = self.method.critic_losses(self.critic.critic, x, cond, real, draws)
             self.critic.backward(losses, self._num_micro_batches)
         return self.critic.step(gan_stage=gan_stage)
 
@@ -189,7 +190,7 @@ class Trainer:
         return PhaseDraws(self.draws, phase, step, positions, self.session.device)
 
     def _real_batches(self, step: int, *, rollout_only: bool = False) -> Iterator[RealBatch | None]:
-        wanted = "real" in self.readers and not (rollout_only and len(self.method.sampling_times) == 1)
+        wanted = "real" in self.readers and (self._from_real or not rollout_only)
         if not wanted:
             while True:
                 yield None
@@ -316,7 +317,6 @@ def train(config: RunConfig, session: Session) -> Progress:
             session.milestone({"generator_updates": float(trainer.progress.generator_updates)})
     if keeper:
         keeper.end(complete=trainer.progress.generator_updates >= total)
-    session.world.barrier()
     return trainer.progress
 
 
@@ -431,9 +431,7 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
 
 def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
     """What a snapshot says of its run; all draws and the data order follow from seed and counters."""
-    config = trainer.config
-    if config.tracking.uri:
-        config = replace(config, tracking=replace(config.tracking, uri=without_secrets(config.tracking.uri)))
+    config = without_tracking_secrets(trainer.config)
     return {
         "method": trainer.config.method.kind,
         "progress": vars(trainer.progress).copy(),

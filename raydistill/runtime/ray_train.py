@@ -25,7 +25,7 @@ from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
 from raydistill.runtime.build import pick_device
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
-from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
+from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict, without_tracking_secrets
 
 _PREEMPTION_EVERY = 20
 _FAILURE_FILE = "failure.json"
@@ -69,7 +69,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["cpus"])
     session = TrainSession(config, settings["tracker"], settings["evaluator"], settings["run_id"])
     try:
-        loop.train(config, session)
+        progress = loop.train(config, session)
     except RayDistillError as error:
         # Ray hands a service's error on as a class of its own that derives from the original one
         kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
@@ -77,6 +77,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         failure.write_text(json.dumps({"kind": kind, "message": str(cause)}))
         if session.world.size > 1:
             raise  # the other ranks may wait for this one; the restarted group finds the file and ends
+        return
+    if progress.generator_updates < config.train.generator_updates and not stop_requested(config.run_dir):
+        raise RuntimeError("this node goes away; Ray Train restarts the group from the snapshot just written")
 
 
 def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
@@ -96,14 +99,17 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "config": to_dict(config), "tracker": tracker, "evaluator": evaluator, "run_id": run_id, "cpus": cpus,
+            "config": to_dict(without_tracking_secrets(config)), "run_id": run_id, "cpus": cpus,
+            "tracker": tracker, "evaluator": evaluator,
         },
         scaling_config=ScalingConfig(
             num_workers=config.placement.workers,
             use_gpu=config.placement.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
-        torch_config=TorchConfig(timeout_s=600),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.placement.gpus_per_worker else "gloo", timeout_s=600
+        ),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=f"{config.run_dir}/ray_train",

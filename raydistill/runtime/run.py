@@ -46,16 +46,15 @@ def run(config: RunConfig) -> dict[str, Any]:
     prepare_data(config)
     _prepare_folder(config)
     started = time.time()
-    with _stop_on_sigterm(config.run_dir):
-        if config.placement.session == "inline":
-            _run_inline(config)
-        else:
-            _run_on_ray(config)
-        if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
-            newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).steps()[-1]
-            raise InterruptedRunError(
-                f"stopped at update {newest} as asked; the same command goes on from its snapshot"
-            )
+    if config.placement.session == "inline":
+        _run_inline(config)
+    else:
+        _run_on_ray(config)
+    if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
+        newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).steps()[-1]
+        raise InterruptedRunError(
+            f"stopped at update {newest} as asked; the same command goes on from its snapshot"
+        )
     return json.loads((Path(config.run_dir) / "summary.json").read_text()) | {
         "elapsed_s": time.time() - started
     }
@@ -103,7 +102,7 @@ def _run_inline(config: RunConfig) -> None:
     tracker.params(flatten(config))
     status = "FAILED"
     try:
-        with show_progress(config, tracker.progress):
+        with _stop_on_sigterm(config.run_dir), show_progress(config, tracker.progress):
             loop.train(config, InlineSession())
         status = _close(config, tracker.run_id, tracker.artifact)
     finally:
@@ -120,16 +119,16 @@ def _run_on_ray(config: RunConfig) -> None:
     from raydistill.runtime import actors, ray_train
 
     mine = not ray.is_initialized()
-    if mine:
-        new = (
-            {}
-            if os.environ.get("RAY_ADDRESS")
-            else {"object_store_memory": 256 * 2**20, "dashboard_host": "127.0.0.1"}
+    if mine and os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="WARNING")
+    elif mine:
+        # "local" rather than what Ray finds: the address of a head that died is remembered, and waited for
+        ray.init(
+            address="local",
+            logging_level="WARNING",
+            object_store_memory=256 * 2**20,
+            dashboard_host="127.0.0.1",
         )
-        try:
-            ray.init(address="auto" if not new else None, logging_level="WARNING", **new)
-        except ValueError:  # a Ray of this user runs already; its store is as it is
-            ray.init(address="auto", logging_level="WARNING")
     tree = to_dict(config)
     tracker = actors.start_tracker(tree)
     evaluator = (
@@ -145,12 +144,16 @@ def _run_on_ray(config: RunConfig) -> None:
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
 
-        with show_progress(config, progress):
+        # inside ray.init's own SIGTERM handler, which would end this process at once
+        with _stop_on_sigterm(config.run_dir), show_progress(config, progress):
             ray_train.fit(config, tracker, evaluator, run_id)
         status = _close(config, run_id, lambda path, folder: ray.get(tracker.artifact.remote(path, folder)))
     finally:
         if opened:
-            ray.get(tracker.finish.remote(status))
+            try:
+                ray.get(tracker.finish.remote(status))
+            except ray.exceptions.RayError as error:  # must not hide what ended the run
+                log.warning("the tracker could not be closed; its journal is whole: %s", error)
         if mine:
             ray.shutdown()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from raydistill.methods.dmd2 import DMD2Config
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
-from raydistill.tracking import TrackingConfig
+from raydistill.tracking import TrackingConfig, without_secrets
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher"}
@@ -152,7 +152,8 @@ class RunConfig:
 
 RESUMABLE_CHANGES = (
     "resume", "output_dir", "train.generator_updates", "train.log_every", "data.shards", "data.cache_dir",
-    "data.num_workers", "data.cache_mb", "prepare.", "evaluator.", "checkpoint.", "placement.", "tracking.",
+    "data.num_workers", "data.cache_mb", "prepare.", "evaluator.coco", "evaluator.every",
+    "evaluator.batch_size", "evaluator.grid_images", "evaluator.threads", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it."""
 
@@ -188,6 +189,13 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"teacher.path={config.teacher.path!r}: built in is only {', '.join(BUILTIN_TEACHERS)}"
         )
+
+
+def without_tracking_secrets(config: RunConfig) -> RunConfig:
+    """The settings as they may be written down: no credentials in tracking.uri."""
+    if not config.tracking.uri:
+        return config
+    return replace(config, tracking=replace(config.tracking, uri=without_secrets(config.tracking.uri)))
 
 
 def teacher_folder(config: TeacherConfig) -> str:

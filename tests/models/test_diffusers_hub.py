@@ -220,7 +220,7 @@ def test_unknown_prediction_type_and_missing_folder_are_refused(tmp_path: Path) 
     shutil.copytree(FOLDER, folder)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "noise"}))
-    with pytest.raises(ConfigError, match="prediction"):
+    with pytest.raises(ConfigError, match=r"teacher\.path=.*'noise'.*teacher\.prediction"):
         load_pipeline(str(folder))
     with pytest.raises(ConfigError, match=r"teacher\.path='/nowhere/at/all'"):
         load_pipeline("/nowhere/at/all")

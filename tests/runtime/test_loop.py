@@ -204,3 +204,23 @@ def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
         ConfigError, match=r"train.batch_size=8 is not divisible .*train.micro_batch_size=3 = 3"
     ):
         validate(tiny_config(train={"micro_batch_size": 3}))
+
+
+@pytest.mark.parametrize("r", [1, 2])
+def test_rollout_from_real_data_runs_at_any_ratio_on_the_real_samples_own_captions(r: int) -> None:
+    method = {"timesteps": (999.0, 499.0), "rollout": "real_data", "critic_updates_per_generator": r}
+    trainer = tiny_trainer(tiny_config(method=method))
+    assert trainer.window()["loss/dm"] > 0
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    torch.set_num_threads(1)
+    plain = figures(tiny_trainer(tiny_config()).window())
+    saved = figures(tiny_trainer(tiny_config(train={"activation_checkpointing": True})).window())
+    assert saved == pytest.approx(plain, rel=1e-5)
+
+
+def test_bf16_arithmetic_stays_near_fp32() -> None:
+    plain = figures(tiny_trainer(tiny_config()).window())
+    half = figures(tiny_trainer(tiny_config(train={"dtype": "bf16"})).window())
+    assert half["loss/dm"] == pytest.approx(plain["loss/dm"], rel=0.05)
