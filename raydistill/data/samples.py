@@ -73,13 +73,13 @@ class Rows:
     def batch(self, positions: np.ndarray) -> Batch:
         text = None
         if self.text is not None:
-            text = {name: torch.from_numpy(array).float() for name, array in self.text.items()}
+            text = {name: _to_tensor(array) for name, array in self.text.items()}
         return Batch(
             positions=positions,
             keys=self.keys,
             captions=self.captions,
             images=None if self.pixels is None else to_signed(self.pixels),
-            latents=None if self.latents is None else torch.from_numpy(self.latents).float(),
+            latents=None if self.latents is None else _to_tensor(self.latents),
             text=text,
         )
 
@@ -112,3 +112,9 @@ class PixelCache:
                 self._kept[shard.url, sample] = pixels
                 self._free -= pixels.nbytes
         return pixels
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    """float32; converted by numpy, since a torch operation in a reader's thread would start an OpenMP team of its own
+    there, and with more OpenMP threads than cores the trainer's barriers stop spinning and sleep."""
+    return torch.from_numpy(array.astype(np.float32, copy=False))
