@@ -197,7 +197,7 @@ def test_ctrl_c_stops_the_job_which_may_write_its_snapshot_first(
         stderr=subprocess.STDOUT,
         text=True,
         # a shell that started this suite in the background had it ignore SIGINT, which children inherit
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     seen = ""

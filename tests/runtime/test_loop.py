@@ -18,6 +18,9 @@ from raydistill.runtime.loop import Trainer, manifest_of, resume
 from raydistill.runtime.settings import validate
 from tests.tiny import tiny_config, tiny_trainer
 
+# Adam's step depends on a gradient's sign where the gradient is tiny, hence on the order of a sum; with a large
+# epsilon it is continuous, and what is compared is the arithmetic
+SMOOTH = {"generator": {"eps": 0.01}, "critic": {"eps": 0.01}}
 NOISY = {"time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak_gib"}
 
 
@@ -39,7 +42,9 @@ def test_accumulation_never_moves_the_ratio_and_equals_the_big_batch(micro: int,
     runs = []
     for size in (8, micro):
         trainer = tiny_trainer(
-            tiny_config(method={"critic_updates_per_generator": ratio}, train={"micro_batch_size": size})
+            tiny_config(
+                method={"critic_updates_per_generator": ratio}, train={"micro_batch_size": size}, **SMOOTH
+            )
         )
         for _ in range(2):
             values = trainer.window()
@@ -48,11 +53,11 @@ def test_accumulation_never_moves_the_ratio_and_equals_the_big_batch(micro: int,
         assert values["images"] == 2 * ratio * 8
         runs.append((weights(trainer), values))
     (big, big_values), (small, small_values) = runs
-    # the sums run in another order, and Adam's first steps divide a gradient by its own size
+    # the sums run in another order
     assert small_values["loss/dm"] == pytest.approx(big_values["loss/dm"], rel=1e-4)
     assert small_values["loss/critic_total"] == pytest.approx(big_values["loss/critic_total"], rel=1e-4)
     for name, tensor in big.items():
-        assert (small[name] - tensor).abs().max() < 2e-4, name
+        assert (small[name] - tensor).abs().max() < 1e-6, name
 
 
 def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_its_step() -> None:
@@ -168,7 +173,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    config = tiny_config(train={"micro_batch_size": 4})
+    config = tiny_config(train={"micro_batch_size": 4}, **SMOOTH)
     trainer = tiny_trainer(config, World(rank, 2))
     values = [trainer.window() for _ in range(3)]
     torch.save({"weights": weights(trainer), "values": [figures(v) for v in values]}, f"{folder}/{rank}.pt")
@@ -185,7 +190,7 @@ def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path)
     for process in ranks:
         process.start()
     # one rank that accumulates the same two halves differs from two ranks by the order of one addition
-    alone = tiny_trainer(tiny_config(train={"micro_batch_size": 4}))
+    alone = tiny_trainer(tiny_config(train={"micro_batch_size": 4}, **SMOOTH))
     expected = [figures(alone.window()) for _ in range(3)]
     for process in ranks:
         process.join(120)
@@ -193,7 +198,7 @@ def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path)
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, tensor in saved[0]["weights"].items():
         assert torch.equal(tensor, saved[1]["weights"][name]), name
-        assert (tensor - weights(alone)[name]).abs().max() < 2e-4, name
+        assert (tensor - weights(alone)[name]).abs().max() < 1e-6, name
     for one, both in zip(expected, saved[0]["values"], strict=True):
         assert both["loss/dm"] == pytest.approx(one["loss/dm"], rel=1e-4)
         assert both["loss/dsm"] == pytest.approx(one["loss/dsm"], rel=1e-4)
