@@ -310,7 +310,7 @@ def train(config: RunConfig, session: Session) -> Progress:
         try:
             values = trainer.window()
         except TrainingError as error:
-            raise TrainingError(f"{error}; {write_replay(trainer, config)}") from error
+            raise TrainingError(f"{error}; {write_replay(trainer, config, error)}") from error
         if keeper:
             keeper.after_update(values)
         if is_snapshot_step(config, trainer.progress.generator_updates):
@@ -443,7 +443,7 @@ def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
     }
 
 
-def write_replay(trainer: Trainer, config: RunConfig) -> str:
+def write_replay(trainer: Trainer, config: RunConfig, error: TrainingError) -> str:
     """Save the weights as they are before the failed step; batch and draws follow from the counters."""
     if trainer.session.world.rank:
         return "rank 0 has written what is needed to replay the step"
@@ -453,7 +453,11 @@ def write_replay(trainer: Trainer, config: RunConfig) -> str:
         replay.discard_unfinished()
         for role, owner in (("generator", trainer.generator), ("critic", trainer.critic)):
             replay.write_part(step, role, *owner.save())
-        replay.commit(step, manifest_of(trainer, trainer.session))
+        # the failed step is one of the window's: these say which, and all its draws follow from them
+        steps = {"generator": trainer.generator.optimizer.steps, "critic": trainer.critic.optimizer.steps}
+        replay.commit(
+            step, manifest_of(trainer, trainer.session) | {"optimizer_steps": steps, "stopped_by": str(error)}
+        )
     return f"weights before the step, settings and counters are in {replay.path(step)}"
 
 

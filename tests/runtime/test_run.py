@@ -206,7 +206,9 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
         run(recipe(*bad))
     replay = Snapshots(str(output_dir / "diverges" / "replay"), keep=1).latest()
     assert replay is not None
-    assert replay.manifest["progress"]["generator_updates"] >= 1
+    # the generator's first step threw its weights away; the critic's second step is the first to see it
+    assert replay.manifest["optimizer_steps"] == {"generator": 1, "critic": 1}
+    assert "critic step 1" in replay.manifest["stopped_by"]
 
 
 @pytest.mark.parametrize(
