@@ -245,7 +245,6 @@ class SnapshotWriter:
 
     def __init__(self, snapshots: Snapshots):
         self.snapshots = snapshots
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._future: Future[dict[str, float]] | None = None
 
     def save(self, trainer: Trainer, manifest: dict[str, Any]) -> None:
@@ -264,7 +263,12 @@ class SnapshotWriter:
             size = self.snapshots.commit(step, manifest, roles=tuple(parts))
             return {"snapshot/seconds": time.monotonic() - started, "snapshot/bytes": float(size)}
 
-        self._future = self._thread.submit(write)
+        # A thread of its own for each snapshot: one that stays keeps the OpenMP team that its tensor copies started, and
+        # with more OpenMP threads than cores the trainer's barriers sleep instead of spinning (measured: 1.4 s an
+        # update instead of 0.8 s on two cores).
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
+        self._future = thread.submit(write)
+        thread.shutdown(wait=False)
 
     def finished(self) -> dict[str, float] | None:
         """Figures of the snapshot in hand once it is committed, None before. Raises CheckpointError."""
