@@ -263,7 +263,7 @@ class SnapshotWriter:
             size = self.snapshots.commit(step, manifest, roles=tuple(parts))
             return {"snapshot/seconds": time.monotonic() - started, "snapshot/bytes": float(size)}
 
-        # A thread of its own for each snapshot: one that stays keeps the OpenMP team that its tensor copies started, and
+        # A thread of its own for each snapshot: one that stays keeps the OpenMP team its tensor copies started, and
         # with more OpenMP threads than cores the trainer's barriers sleep instead of spinning (measured: 1.4 s an
         # update instead of 0.8 s on two cores).
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
