@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from torch import Tensor
-
 from raydistill.data.prepare import prepare_coco
 from raydistill.errors import RayDistillError
 
@@ -22,25 +20,6 @@ examples:
       --encode /models/stable-diffusion-v1-5
   python jobs/prepare_coco.py --coco /data/coco --split val2017 --out /tmp/try --image-size 64 --limit 100
 """
-
-
-class TeacherEncoder:
-    """A teacher's image codec and text encoder, as `prepare_coco` asks for them."""
-
-    def __init__(self, path: str, device: str):
-        # diffusers and transformers take seconds to import, which plain images don't need
-        from raydistill.models.diffusers_hub import load_pipeline
-
-        self._pipeline = load_pipeline(path).to(device)
-        self._device = device
-        self.fingerprint = self._pipeline.fingerprint
-        self.image_size = self._pipeline.image_size
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        return self._pipeline.encode_images(images.to(self._device))
-
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        return dict(self._pipeline.encode_text(captions).tensors)
 
 
 def main() -> int:
@@ -95,14 +74,21 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     started = time.monotonic()
     try:
-        encoder = TeacherEncoder(args.encode, args.device) if args.encode else None
+        encoder = image_size = None
+        if args.encode:
+            # diffusers and transformers take seconds to import, which plain images don't need
+            from raydistill.models.diffusers_hub import load_pipeline
+            from raydistill.runtime.prepare import PipelineEncoder
+
+            pipeline = load_pipeline(args.encode)
+            encoder, image_size = PipelineEncoder(pipeline, args.device), pipeline.image_size
         index = prepare_coco(
             args.coco,
             args.split,
             args.out,
             samples_per_shard=args.samples_per_shard,
             encoder=encoder,
-            image_size=args.image_size or (encoder.image_size if encoder else None),
+            image_size=args.image_size or image_size,
             limit=args.limit,
             array_dtype=args.array_dtype,
             batch_size=args.batch_size,

@@ -86,10 +86,11 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def _run(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Namespace) -> int:
     from raydistill.config import describe
+    from raydistill.tracking import without_secrets
 
     config = _configured(recipe, presets, arguments)
     if arguments.help_settings:
-        print(describe(config))
+        print(without_secrets(describe(config)))
         return 0
     if arguments.dry_run:
         return _show_plan(config, with_settings=True)
@@ -121,11 +122,12 @@ def _show_plan(config: "RunConfig", *, with_settings: bool) -> int:
     from raydistill.runtime.plan import plan
     from raydistill.runtime.run import resolve
     from raydistill.runtime.settings import validate
+    from raydistill.tracking import without_secrets
 
     config = resolve(config)
     validate(config)
     if with_settings:
-        print(describe(config), end="\n\n")
+        print(without_secrets(describe(config)), end="\n\n")
     print(plan(config).table())
     return 0
 

@@ -28,5 +28,9 @@ class TrainingError(RayDistillError, RuntimeError):
     """Training can't go on, for instance after a non-finite loss."""
 
 
+class EvaluatorError(RayDistillError, RuntimeError):
+    """The evaluator died over a request; training goes on without that figure."""
+
+
 class TrackingError(RayDistillError, RuntimeError):
     """Figures or artifacts can't be recorded."""

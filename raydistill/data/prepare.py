@@ -104,7 +104,7 @@ def prepare_coco(
             return _Writer(out, plan, images, encoder, batch_size, max_rejected_share).run(progress)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise DataError(f"can't write shards to {out}: {reason} (--out)") from error
+        raise DataError(f"can't write shards to {out}: {reason} (--out, or data.shards)") from error
 
 
 class _Writer:
@@ -169,7 +169,8 @@ class _Writer:
             # a run that is killed after its first shard leaves just that one without a line about it
             if others not in ([], ["shard-000000.tar"]):
                 raise DataError(
-                    f"{self.out} holds {min(others)}, which this command did not write: choose another --out"
+                    f"{self.out} holds {min(others)}, which this command did not write: choose another folder "
+                    "(--out, or data.shards)"
                 )
             return {}
         try:
@@ -189,7 +190,8 @@ class _Writer:
         ]
         if changes:
             raise DataError(
-                f"{self.out} holds shards of {'; '.join(changes)}: remove it or choose another folder (--out)"
+                f"{self.out} holds shards of {'; '.join(changes)}: remove it or choose another folder "
+                "(--out, or data.shards)"
             )
         return shards
 

@@ -65,6 +65,11 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
+        if self.endpoint_url and "@" in self.endpoint_url:
+            raise ConfigError(
+                "data.endpoint_url must not hold credentials, which would be written down with the settings; give "
+                "them by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws/credentials"
+            )
         if not 0 <= self.max_rejected_share < 1:
             raise ConfigError(f"data.max_rejected_share={self.max_rejected_share} must be in [0, 1)")
         if not self.timeout_s > 0:

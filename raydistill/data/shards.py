@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -167,6 +168,11 @@ class ShardSet:
     @property
     def num_samples(self) -> int:
         return sum(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' own hashes, in order: the same samples, wherever they lie."""
+        return hashlib.sha256("\n".join(info.sha256 for _, info in self._entries).encode()).hexdigest()
 
     @property
     def held_in_memory(self) -> bool:

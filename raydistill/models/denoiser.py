@@ -37,6 +37,10 @@ class Cond:
     def to(self, device: torch.device | str) -> Cond:
         return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    def expand(self, batch_size: int) -> Cond:
+        """A single sample's condition, repeated without a copy."""
+        return Cond({name: row.expand(batch_size, *row.shape[1:]) for name, row in self.tensors.items()})
+
     @staticmethod
     def cat(parts: Sequence[Cond]) -> Cond:
         """Join batches. Raises ConfigError where they are not conditioned on the same things."""

@@ -1,4 +1,4 @@
-"""The one door to diffusers and transformers: SD-family pipelines in, `TextToImage` out, and back to a folder.
+"""The door to diffusers and transformers: SD-family pipelines in, `TextToImage` out (back: `diffusers_export`).
 
 A pipeline folder (or hub id) holds a UNet2DConditionModel, an AutoencoderKL, one CLIP text encoder (SD) or two (SDXL)
 with their tokenizers, and a scheduler whose configuration states the noise schedule and the prediction type.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +29,11 @@ import diffusers  # noqa: E402
 import transformers  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
 
+__all__ = [
+    "PixelPipeline", "TextToImage", "UNetDenoiser", "copy_denoiser", "denoiser_on_meta", "diffusers",
+    "load_pipeline", "local_folder", "random_pixel_pipeline", "read_json",
+]  # fmt: skip
+
 diffusers.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -49,12 +53,18 @@ class UNetDenoiser(Denoiser):
         self.prediction: Prediction = prediction
         self.dtype = dtype
 
+    def cast(self, dtype: str) -> UNetDenoiser:
+        """Weights and arithmetic in `dtype`, in place; for a network that is not trained."""
+        self.unet.to(DTYPES[dtype])
+        self.dtype = dtype
+        return self
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self._precision(x_t):
             output = self.unet(
-                x_t.to(self.unet.dtype),
+                x_t.to(self._weights_dtype),
                 t,
-                encoder_hidden_states=cond.tensors["text"].to(self.unet.dtype),
+                encoder_hidden_states=cond.tensors["text"].to(self._weights_dtype),
                 added_cond_kwargs=self._added(cond),
                 return_dict=False,
             )[0]
@@ -63,8 +73,8 @@ class UNetDenoiser(Denoiser):
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         unet = self.unet
         with self._precision(x_t):
-            sample = x_t.to(unet.dtype)
-            text = cond.tensors["text"].to(unet.dtype)
+            sample = x_t.to(self._weights_dtype)
+            text = cond.tensors["text"].to(self._weights_dtype)
             added = self._added(cond)
             emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=t))
             extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
@@ -89,13 +99,18 @@ class UNetDenoiser(Denoiser):
         if self.unet.config.addition_embed_type != "text_time":
             return None
         return {
-            "text_embeds": cond.tensors["pooled"].to(self.unet.dtype),
-            "time_ids": cond.tensors["time_ids"].to(self.unet.dtype),
+            "text_embeds": cond.tensors["pooled"].to(self._weights_dtype),
+            "time_ids": cond.tensors["time_ids"].to(self._weights_dtype),
         }
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        # diffusers' own `dtype` walks over all parameters: 5 % of an update of the embedded UNet
+        return self.unet.conv_in.weight.dtype
 
     def _precision(self, x: Tensor) -> AbstractContextManager[None]:
         wanted = DTYPES[self.dtype]
-        return nullcontext() if wanted == self.unet.dtype else torch.autocast(x.device.type, dtype=wanted)
+        return nullcontext() if wanted == self._weights_dtype else torch.autocast(x.device.type, dtype=wanted)
 
 
 class TextToImage:
@@ -110,7 +125,6 @@ class TextToImage:
         *,
         scheduler_config: dict[str, Any],
         fingerprint: str,
-        source: str,
         zero_null_prompt: bool,
     ):
         self.denoiser = denoiser
@@ -120,9 +134,8 @@ class TextToImage:
         self.scheduler_config = scheduler_config
         self.fingerprint = fingerprint
         """sha256 over the weights of the UNet, the codec and the text encoders."""
-        self.source = source
         self._zero_null_prompt = zero_null_prompt
-        self._null: dict[str, Tensor] | None = None
+        self._null: Cond | None = None
         size = denoiser.unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (denoiser.unet.config.in_channels, size, size)
 
@@ -171,8 +184,8 @@ class TextToImage:
             null = dict(self.encode_text([""]).tensors)
             if self._zero_null_prompt:
                 null |= {name: torch.zeros_like(null[name]) for name in ("text", "pooled") if name in null}
-            self._null = null
-        return Cond({name: row.expand(batch_size, *row.shape[1:]) for name, row in self._null.items()})
+            self._null = Cond(null)
+        return self._null.expand(batch_size)
 
     def copy_denoiser(self, dtype: str) -> UNetDenoiser:
         """A trainable copy with fp32 weights of its own."""
@@ -190,30 +203,28 @@ class TextToImage:
         return torch.tensor([[size, size, 0.0, 0.0, size, size]], device=device).expand(batch_size, 6)
 
 
-def load_pipeline(
-    path: str, *, dtype: str = "fp32", prediction: str = "auto", revision: str | None = None
-) -> TextToImage:
-    """Load an SD- or SDXL-shaped pipeline from a folder or a hub id, frozen and in evaluation mode.
+def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None = None) -> TextToImage:
+    """Load an SD- or SDXL-shaped pipeline from a folder or a hub id: fp32, frozen and in evaluation mode.
 
-    dtype: of the UNet's weights. prediction: "auto" reads the scheduler's configuration.
+    prediction: "auto" reads the scheduler's configuration. revision: of a hub id.
 
     Raises ConfigError naming `teacher.path` for a folder that is no such pipeline or lacks a part, and
     `teacher.prediction` for a prediction type that is not known.
     """
-    folder = _local_folder(path, revision)
-    index = _read_json(folder / "model_index.json", path)
+    folder = local_folder(path, revision)
+    index = read_json(folder / "model_index.json", path)
     for part in ("unet", "vae", "scheduler", "tokenizer", "text_encoder"):
         if part not in index or not (folder / part).is_dir():
             raise ConfigError(
                 f"teacher.path={path!r} has no {part}/ folder; needed: unet, vae, scheduler, tokenizer, text_encoder"
             )
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", path)
     if prediction != "auto":
         scheduler_config = scheduler_config | {"prediction_type": prediction}
     schedule, predicted = _schedule(path, scheduler_config)
 
     unet = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=DTYPES[dtype], use_safetensors=True
+        folder / "unet", torch_dtype=torch.float32, use_safetensors=True
     )
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     encoders: list[nn.Module] = []
@@ -230,87 +241,17 @@ def load_pipeline(
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     return TextToImage(
-        UNetDenoiser(unet, schedule, predicted, dtype),
+        UNetDenoiser(unet, schedule, predicted),
         vae,
         tokenizers,
         encoders,
         scheduler_config=scheduler_config,
         fingerprint=_fingerprint([unet, vae, *encoders]),
-        source=str(path),
         zero_null_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
 
-def export_pipeline(
-    teacher_path: str,
-    weights: dict[str, Tensor],
-    out: Path,
-    *,
-    timesteps: Sequence[int],
-    revision: str | None = None,
-) -> Path:
-    """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
-
-    The teacher's folder with the UNet's weights replaced and, as scheduler, an LCMScheduler, whose step is the
-    generator's own: x0, then re-noise to the next time.
-
-    weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained.
-
-    Raises ConfigError if the scheduler can't reproduce `timesteps`.
-    """
-    folder = _local_folder(teacher_path, revision)
-    if out.exists():
-        shutil.rmtree(out)
-    ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
-    shutil.copytree(folder, out, ignore=ignored)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
-    unet.save_pretrained(out / "unet", safe_serialization=True)
-
-    scheduler = few_step_scheduler(
-        _read_json(folder / "scheduler" / "scheduler_config.json", teacher_path), timesteps
-    )
-    scheduler.save_pretrained(out / "scheduler")
-    index = _read_json(out / "model_index.json", teacher_path)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return out
-
-
-def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[int]) -> Any:
-    """An LCMScheduler that visits exactly `timesteps` when asked for `len(timesteps)` steps.
-
-    Its grid begins at its last training timestep, so a generator that starts below the teacher's gets the teacher's
-    betas up to there. Raises ConfigError for a grid that is not evenly spaced from its first timestep down.
-    """
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-    )
-    config = {name: teacher_config[name] for name in kept if name in teacher_config}
-    wanted = list(timesteps)
-    num = wanted[0] + 1
-    if num != config.get("num_train_timesteps", 1000):
-        betas = diffusers.DDPMScheduler(**config).betas[:num]
-        config |= {"num_train_timesteps": num, "trained_betas": [float(beta) for beta in betas]}
-    # LCM's c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2), s = scaling * t, tend to 0 and 1: x0 itself
-    config |= {"set_alpha_to_one": True, "clip_sample": False, "timestep_scaling": 1e9}
-    for steps in {num, len(wanted)}:
-        scheduler = diffusers.LCMScheduler(**config, original_inference_steps=steps)
-        scheduler.set_timesteps(len(wanted))
-        if scheduler.timesteps.tolist() == wanted:
-            return scheduler
-    raise ConfigError(
-        f"no diffusers scheduler visits the timesteps {wanted} in {len(wanted)} steps (method.timesteps); "
-        "evenly spaced ones can be exported, e.g. 999,749,499,249"
-    )
-
-
-def _local_folder(path: str, revision: str | None) -> Path:
+def local_folder(path: str, revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -337,7 +278,7 @@ def _schedule(path: str, config: dict[str, Any]) -> tuple[NoiseSchedule, Predict
         ) from None
 
 
-def _read_json(file: Path, path: str) -> dict[str, Any]:
+def read_json(file: Path, path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(
             f"teacher.path={path!r} is no diffusers pipeline folder: {file.name} is missing in {file.parent.name}/"
@@ -358,26 +299,28 @@ def _fingerprint(modules: Sequence[nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def denoiser_on_meta(path: str, prediction: str = "auto") -> tuple[UNetDenoiser, dict[str, tuple[int, ...]]]:
+def denoiser_on_meta(
+    path: str, prediction: str = "auto", revision: str | None = None
+) -> tuple[UNetDenoiser, dict[str, tuple[int, ...]]]:
     """The pipeline's denoiser without weights, and the shapes of one sample's conditions, from its JSON files alone.
 
     Raises ConfigError as `load_pipeline` does.
     """
-    folder = _local_folder(path, None)
-    index = _read_json(folder / "model_index.json", path)
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json", path)
+    folder = local_folder(path, revision)
+    index = read_json(folder / "model_index.json", path)
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", path)
     if prediction != "auto":
         scheduler_config = scheduler_config | {"prediction_type": prediction}
     schedule, predicted = _schedule(path, scheduler_config)
-    text = _read_json(folder / "text_encoder" / "config.json", path)
-    config = _read_json(folder / "unet" / "config.json", path)
+    text = read_json(folder / "text_encoder" / "config.json", path)
+    config = read_json(folder / "unet" / "config.json", path)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     shapes: dict[str, tuple[int, ...]] = {
         "text": (text.get("max_position_embeddings", 77), unet.config.cross_attention_dim)
     }
     if "text_encoder_2" in index:
-        second = _read_json(folder / "text_encoder_2" / "config.json", path)
+        second = read_json(folder / "text_encoder_2" / "config.json", path)
         shapes |= {"pooled": (second["projection_dim"],), "time_ids": (6,)}
     return UNetDenoiser(unet, schedule, predicted), shapes
 

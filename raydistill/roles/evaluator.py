@@ -59,14 +59,26 @@ class EvaluatorConfig:
     """DDIM steps of the teacher's own figure."""
     grid_images: int = 8
     """Columns of the picture."""
-    threads: int = 2
-    """CPU threads of the evaluator's process, which runs at idle priority: it takes what the trainers leave."""
+    threads: int = 1
+    """CPU threads of the evaluator's process."""
+    niceness: int = 5
+    """How far the evaluator's process gives way to the trainers where they share processors: 0 not at all, 19 most."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:
             raise ConfigError(
                 f"evaluator.every={self.every} and evaluator.batch_size={self.batch_size} must be at least 1, "
                 f"evaluator.num_samples={self.num_samples} at least 2"
+            )
+        if self.threads < 1 or not 0 <= self.niceness <= 19:
+            raise ConfigError(
+                f"evaluator.threads={self.threads} must be at least 1, "
+                f"evaluator.niceness={self.niceness} from 0 to 19"
+            )
+        if not 1 <= self.grid_images <= self.num_samples:
+            raise ConfigError(
+                f"evaluator.grid_images={self.grid_images} must be from 1 to evaluator.num_samples="
+                f"{self.num_samples}, whose captions it shows"
             )
 
 
@@ -168,7 +180,8 @@ class Evaluator:
             guidance_scale=self.guidance_scale,
             weights="raw",
         )
-        key = hashlib.sha256(f"{protocol.hash()} {self.pipeline.fingerprint}".encode()).hexdigest()[:16]
+        made_by = f"{protocol.hash()} {self.pipeline.fingerprint} {self.pipeline.denoiser.prediction}"
+        key = hashlib.sha256(made_by.encode()).hexdigest()[:16]
         cached = self._cache_dir / f"teacher_{key}.json" if self._cache_dir else None
         if cached and cached.is_file():
             metrics = json.loads(cached.read_text())["metrics"]

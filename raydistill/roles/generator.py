@@ -14,7 +14,7 @@ from raydistill.diffusion.ema import EMA
 from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
 from raydistill.roles.critic import strip
-from raydistill.roles.optimizer import OptimizerConfig, RoleOptimizer, mean_scalars
+from raydistill.roles.optimizer import AT_SAMPLES, OptimizerConfig, RoleOptimizer, mean_scalars
 from raydistill.roles.world import World
 
 
@@ -58,7 +58,7 @@ class GeneratorTrainer:
         norms = {}
         for name, term in losses.terms.items():
             (gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
-            norms[f"grad_norm/{name}"] = gradient.norm()
+            norms[f"{AT_SAMPLES}{name}"] = gradient.norm()
             field += gradient
         x.backward(field / num_micro_batches)
         total = {"loss/generator_total": losses.total()}

@@ -83,7 +83,11 @@ class RoleOptimizer:
         norm = torch.nn.utils.get_total_norm(gradients)
         names = [*scalars, f"grad_norm/{self.role}"]
         packed = torch.stack([value.detach().float() for value in (*scalars.values(), norm)])
+        # a mean over the batch has, per sample, 1/size of the gradient that each rank saw
+        squared = torch.tensor([name in scalars and name.startswith(AT_SAMPLES) for name in names])
+        packed = torch.where(squared.to(packed.device), packed.square() / self.world.size, packed)
         self.world.mean_([packed])
+        packed = torch.where(squared.to(packed.device), packed.sqrt(), packed)
         values = dict(zip(names, packed.tolist(), strict=True))  # the step's one host synchronisation
         self._require_finite(values)
         if values[names[-1]] > self.config.clip_norm:
@@ -107,11 +111,20 @@ class RoleOptimizer:
             )
 
 
+AT_SAMPLES = "grad_norm/"
+"""Begins the names of norms of gradients at the samples, which are those of the global batch's mean loss."""
+
+
 def mean_scalars(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Average named scalars over micro-batches; `sample/absmax` stays a maximum."""
+    """Merge named scalars of micro-batches: means, but the maximum of `sample/absmax` and joint norms at samples."""
     rows = list(parts)
     merged = {}
     for name in rows[0]:
         stacked = torch.stack([row[name].detach().float() for row in rows])
-        merged[name] = stacked.amax() if name == "sample/absmax" else stacked.mean()
+        if name == "sample/absmax":
+            merged[name] = stacked.amax()
+        elif name.startswith(AT_SAMPLES):
+            merged[name] = stacked.norm() / len(rows)
+        else:
+            merged[name] = stacked.mean()
     return merged

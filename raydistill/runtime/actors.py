@@ -11,11 +11,13 @@ the tracker goes on with its journal and its MLflow run.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
 from raydistill.runtime.settings import RunConfig, config_from_dict
@@ -23,9 +25,12 @@ from raydistill.tracking import Tracker
 
 
 class _TrackerActor:
+    """Nobody waits for `metrics`, `tags` and `artifact_bytes`, so what they raise is kept for the next `sync`."""
+
     def __init__(self, config: dict[str, Any]):
         self._config = config_from_dict(config)
         self._opened: Tracker | None = None
+        self._failure: Exception | None = None
 
     @property
     def _tracker(self) -> Tracker:
@@ -41,19 +46,28 @@ class _TrackerActor:
         self._tracker.params(flat)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        self._tracker.metrics(values, step)
+        self._keep_failure(lambda: self._tracker.metrics(values, step))
 
     def tags(self, tags: dict[str, Any]) -> None:
-        self._tracker.tags(tags)
+        self._keep_failure(lambda: self._tracker.tags(tags))
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str) -> None:
-        self._tracker.artifact_bytes(data, name, artifact_path)
+        self._keep_failure(lambda: self._tracker.artifact_bytes(data, name, artifact_path))
 
     def artifact(self, path: str, artifact_path: str) -> None:
         self._tracker.artifact(path, artifact_path)
 
     def sync(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         self._tracker.flush(timeout_s=0.0)
+
+    def _keep_failure(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._failure = self._failure or error
 
     def progress(self) -> dict[str, Any]:
         return self._tracker.progress() | {"pid": os.getpid()}
@@ -68,9 +82,8 @@ class _EvaluatorActor:
 
         self._config = config_from_dict(config)
         self._built: Evaluator | None = None
-        if self._config.evaluator.threads:
-            torch.set_num_threads(self._config.evaluator.threads)
-        give_way()
+        torch.set_num_threads(self._config.evaluator.threads)
+        os.nice(self._config.evaluator.niceness)
 
     def pid(self) -> int:
         return os.getpid()
@@ -83,16 +96,11 @@ class _EvaluatorActor:
         return evaluate_snapshot(self._built, self._config, step)
 
 
-def give_way() -> None:
-    """Run this process only where a processor has nothing else to do, as far as the system can tell."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
 def start_tracker(config: dict[str, Any]) -> Any:
-    """The tracker's actor; it needs the driver's node, whose disk holds the run folder."""
-    return ray.remote(_TrackerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(config)
+    """The tracker's actor, on the driver's node, whose disk holds the run folder."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(_TrackerActor).options(**options).remote(config)
 
 
 def start_evaluator(config: dict[str, Any], gpus: float) -> Any:
@@ -117,7 +125,7 @@ class ActorTracker:
         self._handle.artifact_bytes.remote(data, name, artifact_path)
 
     def sync(self) -> None:
-        ray.get(self._handle.sync.remote())
+        get(self._handle.sync.remote())
 
 
 class ActorEvaluator:
@@ -125,23 +133,34 @@ class ActorEvaluator:
 
     def __init__(self, handle: Any):
         self._handle = handle
-        self._request: tuple[int, Any] | None = None
+        self._request: Any = None
 
-    def start(self, path: str | None, step: int) -> None:
-        self._request = step, self._handle.evaluate.remote(step)
+    def start(self, step: int) -> None:
+        self._request = self._handle.evaluate.remote(step)
 
     def busy(self) -> bool:
         return self._request is not None
 
-    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
-        if self._request is None:
+    def collect(self, timeout_s: float) -> Evaluation | None:
+        if self._request is None or not ray.wait([self._request], timeout=timeout_s)[0]:
             return None
-        step, reference = self._request
-        ready, _ = ray.wait([reference], timeout=timeout_s)
-        if not ready:
-            return None
-        self._request = None
-        return step, ray.get(reference)
+        request, self._request = self._request, None
+        try:
+            answer: Evaluation = get(request)
+        except ray.exceptions.RayError as error:
+            raise EvaluatorError(" ".join(str(error).split())[-500:]) from error
+        return answer
+
+
+def get(reference: Any) -> Any:
+    """`ray.get`, with a service's own RayDistillError instead of Ray's wrapping of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, RayDistillError):
+            raise cause from None
+        raise
 
 
 def worker_cpus(config: RunConfig) -> int:

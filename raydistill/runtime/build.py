@@ -20,10 +20,9 @@ from raydistill.runtime.settings import RunConfig, TrainConfig, teacher_folder
 
 
 def build_pipeline(config: RunConfig) -> TextToImage:
-    """The teacher's pipeline, frozen, on the CPU."""
-    return load_pipeline(
-        teacher_folder(config.teacher), dtype=config.teacher.dtype, prediction=config.teacher.prediction
-    )
+    """The teacher's pipeline, frozen, in fp32, on the CPU."""
+    teacher = config.teacher
+    return load_pipeline(teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision)
 
 
 def build_method(config: RunConfig, pipeline: TextToImage) -> Method:
@@ -60,10 +59,10 @@ def build_critic(
 
 
 def build_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> TeacherScorer:
-    """The teacher in this process."""
-    pipeline.to(device)
+    """The teacher in this process; to be built last, since generator and critic begin as fp32 copies of it."""
+    pipeline.denoiser.cast(config.teacher.dtype).to(device)
     _tune(pipeline.denoiser, config.train)
-    return TeacherScorer(pipeline.denoiser, pipeline.null_cond)
+    return TeacherScorer(pipeline.denoiser, pipeline.null_cond(1).to(device).expand)
 
 
 def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device) -> UNetDenoiser:

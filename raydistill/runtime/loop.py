@@ -4,8 +4,8 @@
                 R critic updates: the first on the very images of the generator update (made before it moved, as in
                 DMD2's published order), the others on fresh ones
 
-Ranks hold copies of all roles and slices of every batch. Rank 0 also logs, writes snapshots in a thread of its own and
-keeps the evaluation queue; no update waits for either.
+Ranks hold copies of all roles and slices of every batch. Rank 0 also has a `Keeper`, which logs, writes snapshots in
+a thread of its own and keeps the evaluation queue; no update waits for either.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raydistill.checkpoint import Snapshots
-from raydistill.config import flatten, to_dict
+from raydistill.config import flatten
 from raydistill.data.reader import Batch, ShardReader
 from raydistill.data.shards import ShardSet
 from raydistill.diffusion.random import Draws
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
-from raydistill.eval.protocol import count_label
 from raydistill.methods.method import Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, frozen_weights
 from raydistill.models.diffusers_hub import TextToImage
@@ -37,8 +36,9 @@ from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.preflight import preflight
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.runtime import build
-from raydistill.runtime.session import EvaluationQueue, Session
-from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig, without_tracking_secrets
+from raydistill.runtime.keeper import Keeper, is_snapshot_step, manifest_of
+from raydistill.runtime.session import Session
+from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,15 @@ class BatchSource(Protocol):
 
 OpenReader = Callable[[str, tuple[str, ...], int, int], BatchSource]
 """(purpose, fields, global batch size, micro-batch size) -> source."""
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A micro-batch of generated samples, or (x is None) of prompts to generate from."""
+
+    x: Tensor | None
+    cond: Cond
+    positions: np.ndarray
 
 
 @dataclass
@@ -84,6 +93,11 @@ class Trainer:
         self.session = session
         self.draws = Draws(config.seed)
         self.pipeline: TextToImage = pipeline or build.build_pipeline(config)
+        self.data_fingerprint = ""
+        """sha256 of the shards' contents; empty where batches come from elsewhere."""
+        if open_reader is None:
+            self._shards = self._known_shards()
+            self.data_fingerprint = self._shards.fingerprint
         self._open = open_reader or self._open_shards
         self.method: Method = build.build_method(config, self.pipeline)
         self.generator: GeneratorTrainer = build.build_generator(
@@ -124,7 +138,7 @@ class Trainer:
         with frozen_weights(self.critic.critic):
             values, kept = self._generator_update(update, gan_stage)
         for k in range(r):
-            values |= self._critic_update(update * r + k, kept if k == 0 else None, gan_stage)
+            values |= self._critic_update(update, k, kept if k == 0 else None, gan_stage)
         seconds = time.perf_counter() - started
         done = self.progress
         done.generator_updates += 1
@@ -141,15 +155,14 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(self.session.device),
         }
 
-    def _generator_update(
-        self, update: int, gan_stage: bool
-    ) -> tuple[dict[str, float], list[tuple[Tensor, Cond]]]:
+    def _generator_update(self, update: int, gan_stage: bool) -> tuple[dict[str, float], list[_Sampled]]:
         kept = []
         reals = self._real_batches(update * self.method.critic_updates_per_generator, rollout_only=True)
         for batch in self._timed(self.readers["prompt/generator"].batch(update)):
             real = next(reals)
             cond = real.cond if real is not None else self._cond(batch)
-            draws = self._phase_draws("generator", update, batch)
+            positions = self._in_batch(batch, update)
+            draws = PhaseDraws(self.draws, "generator", update, positions, self.session.device)
             x = self.generator.sample(self.method, cond, self.pipeline.latent_shape, real, draws, grad=True)
             leaf = x.detach().requires_grad_()
             queries = self.method.queries(leaf, cond, draws)
@@ -159,35 +172,41 @@ class Trainer:
             }
             losses = self.method.generator_losses(leaf, queries, answers)
             self.generator.backward(x, leaf, losses, self._num_micro_batches)
-            kept.append((x.detach(), cond))
+            kept.append(_Sampled(x.detach(), cond, positions))
         return self.generator.step(self.config.train.batch_size, gan_stage=gan_stage), kept
 
     def _critic_update(
-        self, step: int, kept: list[tuple[Tensor, Cond]] | None, gan_stage: bool
+        self, update: int, k: int, kept: list[_Sampled] | None, gan_stage: bool
     ) -> dict[str, float]:
+        """The k-th of R; kept: samples that are there already, without them fresh ones are made."""
+        step = update * self.method.critic_updates_per_generator + k
         reals = self._real_batches(step)
-        for number, batch in enumerate(self._timed(self.readers["prompt/critic"].batch(step))):
-            draws, real = self._phase_draws("critic", step, batch), next(reals)
-            if kept is None:
+        for sampled in kept if kept is not None else self._fresh(update, k):
+            draws = PhaseDraws(self.draws, "critic", step, sampled.positions, self.session.device)
+            x, cond, real = sampled.x, sampled.cond, next(reals)
+            if x is None:
                 # a generator that starts from noised real samples gets their own captions
-                cond = real.cond if real is not None and self._from_real else self._cond(batch)
+                cond = real.cond if real is not None and self._from_real else cond
                 x = self.generator.sample(
                     self.method, cond, self.pipeline.latent_shape, real, draws, grad=False
                 )
-            else:
-                x, cond = kept[number]
             losses = self.method.critic_losses(self.critic.critic, x, cond, real, draws)
             self.critic.backward(losses, self._num_micro_batches)
         return self.critic.step(gan_stage=gan_stage)
+
+    def _fresh(self, update: int, k: int) -> Iterator[_Sampled]:
+        # only R - 1 of R critic updates read prompts
+        number = update * (self.method.critic_updates_per_generator - 1) + k - 1
+        for batch in self._timed(self.readers["prompt/critic"].batch(number)):
+            yield _Sampled(None, self._cond(batch), self._in_batch(batch, number))
 
     @property
     def _num_micro_batches(self) -> int:
         return self.config.train.batch_size // self.session.world.size // self.config.micro_batch_size
 
-    def _phase_draws(self, phase: str, step: int, batch: Batch) -> PhaseDraws:
-        # positions inside the step's global batch: the step itself is part of the counter
-        positions = batch.positions - step * self.config.train.batch_size
-        return PhaseDraws(self.draws, phase, step, positions, self.session.device)
+    def _in_batch(self, batch: Batch, number: int) -> np.ndarray:
+        """Positions inside the global batch: draws are keyed by them and by the step."""
+        return batch.positions - number * self.config.train.batch_size
 
     def _real_batches(self, step: int, *, rollout_only: bool = False) -> Iterator[RealBatch | None]:
         wanted = "real" in self.readers and (self._from_real or not rollout_only)
@@ -219,16 +238,23 @@ class Trainer:
                 return
             yield batch
 
+    def _known_shards(self) -> ShardSet:
+        data = self.config.data
+        return ShardSet(
+            data.shards, cache_dir=data.cache_dir, endpoint_url=data.endpoint_url, timeout_s=data.timeout_s
+        )
+
     def _open_shards(
         self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int
     ) -> ShardReader:
-        data = self.config.data
-        index = ShardSet(data.shards, cache_dir=data.cache_dir, endpoint_url=data.endpoint_url).index
+        index = self._shards.index
         # what the shards don't hold is encoded here, batch by batch
         stored = {"latent": index.latent_shape is not None, "text": bool(index.text_shapes)}
+        if not all(stored[name] for name in fields):
+            self.pipeline.to(self.session.device)
         wanted = ["image" if name == "latent" and not stored[name] else name for name in fields]
         return ShardReader(
-            data,
+            self.config.data,
             purpose=purpose,
             seed=self.config.seed,
             fields=[name for name in wanted if stored.get(name, True)],
@@ -238,51 +264,6 @@ class Trainer:
             world_size=self.session.world.size,
             expect_encoder=self.pipeline.fingerprint,
         )
-
-
-class SnapshotWriter:
-    """Copies the roles' state at once and writes it in a thread; one snapshot at a time."""
-
-    def __init__(self, snapshots: Snapshots):
-        self.snapshots = snapshots
-        self._future: Future[dict[str, float]] | None = None
-
-    def save(self, trainer: Trainer, manifest: dict[str, Any]) -> None:
-        """Begin a snapshot of the trainer as it stands; waits for the one before. Raises CheckpointError."""
-        self.wait()
-        parts = {}
-        for role, owner in (("generator", trainer.generator), ("critic", trainer.critic)):
-            tensors, state = owner.save()
-            parts[role] = ({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, state)
-        step = trainer.progress.generator_updates
-
-        def write() -> dict[str, float]:
-            started = time.monotonic()
-            for role, (tensors, state) in parts.items():
-                self.snapshots.write_part(step, role, tensors, state)
-            size = self.snapshots.commit(step, manifest, roles=tuple(parts))
-            return {"snapshot/seconds": time.monotonic() - started, "snapshot/bytes": float(size)}
-
-        # A thread of its own for each snapshot: one that stays keeps the OpenMP team its tensor copies started, and
-        # with more OpenMP threads than cores the trainer's barriers sleep instead of spinning (measured: 1.4 s an
-        # update instead of 0.8 s on two cores).
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
-        self._future = thread.submit(write)
-        thread.shutdown(wait=False)
-
-    def finished(self) -> dict[str, float] | None:
-        """Figures of the snapshot in hand once it is committed, None before. Raises CheckpointError."""
-        if self._future is None or not self._future.done():
-            return None
-        done, self._future = self._future, None
-        return done.result()
-
-    def wait(self) -> dict[str, float] | None:
-        """Wait for the snapshot in hand."""
-        if self._future is None:
-            return None
-        done, self._future = self._future, None
-        return done.result()
 
 
 def train(config: RunConfig, session: Session) -> Progress:
@@ -324,90 +305,11 @@ def train(config: RunConfig, session: Session) -> Progress:
     return trainer.progress
 
 
-class Keeper:
-    """What rank 0 does beside training: logging, snapshots, evaluations."""
-
-    def __init__(self, trainer: Trainer, session: Session, snapshots: Snapshots):
-        self.trainer = trainer
-        self.session = session
-        self.snapshots = snapshots
-        self.config = trainer.config
-        self.writer = SnapshotWriter(snapshots)
-        self.queue = (
-            EvaluationQueue(session.evaluator, session.tracker, self.config.run_dir)
-            if session.evaluator
-            else None
-        )
-        self._committing: int | None = None
-
-    def begin(self) -> None:
-        """The snapshot of step 0 and what a killed run left unevaluated."""
-        step = self.trainer.progress.generator_updates
-        if self.queue:
-            self.queue.submit(None, -1, must=True)
-            for older in self.snapshots.steps():
-                if is_evaluated_step(self.config, older):
-                    self.queue.submit(self.snapshots.path(older), older, must=self._must(older))
-        if step == 0 and not self.snapshots.steps():
-            self._save()
-            self._committed(self.writer.wait())
-
-    def after_update(self, values: dict[str, float]) -> None:
-        step = self.trainer.progress.generator_updates
-        if step % self.config.train.log_every == 0 or step == self.config.train.generator_updates:
-            for counters in [reader.counters for reader in self.trainer.readers.values()]:
-                for name, count in counters.items():
-                    key = f"data/{name}"
-                    values[key] = values.get(key, 0.0) + count
-            self.session.tracker.metrics(values, step)
-        figures = self.writer.finished()
-        if figures:
-            self._committed(figures)
-        if self.queue:
-            self.queue.poll(step)
-        if is_snapshot_step(self.config, step):
-            self._save()
-
-    def end(self, complete: bool) -> None:
-        """Write the last snapshot if it is not there, and drain the evaluator if the run is complete."""
-        step = self.trainer.progress.generator_updates
-        self._committed(self.writer.wait())
-        if step not in self.snapshots.steps():
-            self._save()
-            self._committed(self.writer.wait())
-        if self.queue and complete:
-            self.queue.drain(step)
-
-    def _save(self) -> None:
-        step = self.trainer.progress.generator_updates
-        if self._committing is not None:
-            self._committed(self.writer.wait())
-        protected = self.queue.pending_steps() if self.queue else set()
-        best = self.queue.best_step(best_metric(self.config)) if self.queue else None
-        protected |= {best} if best is not None else set()
-        if is_evaluated_step(self.config, step):
-            protected.add(step)
-        self.snapshots.protect(protected)
-        self.session.tracker.sync()  # no figure of a step that is in a snapshot may be lost with this process
-        self._committing = step
-        self.writer.save(self.trainer, manifest_of(self.trainer, self.session))
-
-    def _committed(self, figures: dict[str, float] | None) -> None:
-        if figures is None or self._committing is None:
-            return
-        step, self._committing = self._committing, None
-        self.session.tracker.metrics(figures, step)
-        if self.queue and is_evaluated_step(self.config, step):
-            self.queue.submit(self.snapshots.path(step), step, must=self._must(step))
-
-    def _must(self, step: int) -> bool:
-        return step in (0, self.config.train.generator_updates)
-
-
 def resume(trainer: Trainer, snapshots: Snapshots) -> None:
     """Load the newest complete snapshot into the trainer, if there is one.
 
-    Raises ConfigError if it was made with settings that change the numbers, CheckpointError for another teacher.
+    Raises ConfigError if it was made with settings that change the numbers, CheckpointError for another teacher or
+    other data.
     """
     snapshot = snapshots.latest()
     if snapshot is None:
@@ -416,6 +318,11 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
     if manifest["teacher_fingerprint"] != trainer.pipeline.fingerprint:
         raise CheckpointError(
             f"{snapshot.path} was made with another teacher (teacher.path={manifest['config']['teacher']['path']!r}); "
+            "choose another name, or resume=false to start anew"
+        )
+    if manifest["data_fingerprint"] != trainer.data_fingerprint:
+        raise CheckpointError(
+            f"{snapshot.path} was trained on other shards than data.shards={trainer.config.data.shards!r} holds now; "
             "choose another name, or resume=false to start anew"
         )
     now, then = flatten(trainer.config), manifest["settings"]
@@ -431,20 +338,6 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
     trainer.critic.load(*snapshot.part("critic"))
     trainer.progress = Progress(**manifest["progress"])
     log.warning("resumed from %s", snapshot.path)
-
-
-def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
-    """What a snapshot says of its run; all draws and the data order follow from seed and counters."""
-    config = without_tracking_secrets(trainer.config)
-    return {
-        "method": trainer.config.method.kind,
-        "progress": vars(trainer.progress).copy(),
-        "config": to_dict(config),
-        "settings": flatten(config),
-        "teacher_fingerprint": trainer.pipeline.fingerprint,
-        "tracking_run_id": session.run_id,
-        "world_size": session.world.size,
-    }
 
 
 def write_replay(trainer: Trainer, config: RunConfig, error: TrainingError) -> str:
@@ -463,22 +356,6 @@ def write_replay(trainer: Trainer, config: RunConfig, error: TrainingError) -> s
             step, manifest_of(trainer, trainer.session) | {"optimizer_steps": steps, "stopped_by": str(error)}
         )
     return f"weights before the step, settings and counters are in {replay.path(step)}"
-
-
-def is_evaluated_step(config: RunConfig, step: int) -> bool:
-    return config.evaluator.enabled and (
-        step % config.evaluator.every == 0 or step == config.train.generator_updates
-    )
-
-
-def is_snapshot_step(config: RunConfig, step: int) -> bool:
-    last = step == config.train.generator_updates
-    return last or step % config.checkpoint.every == 0 or is_evaluated_step(config, step)
-
-
-def best_metric(config: RunConfig) -> str:
-    """The metric whose lowest value marks the best snapshot."""
-    return f"eval/toyfid_{count_label(config.evaluator.num_samples)}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -94,7 +94,9 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """The plan of a run. Raises ConfigError if the teacher's folder can't be read."""
-    denoiser, cond_shapes = denoiser_on_meta(teacher_folder(config.teacher), config.teacher.prediction)
+    denoiser, cond_shapes = denoiser_on_meta(
+        teacher_folder(config.teacher), config.teacher.prediction, config.teacher.revision
+    )
     return plan_for(config, denoiser, cond_shapes)
 
 

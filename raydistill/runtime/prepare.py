@@ -11,8 +11,9 @@ from torch import Tensor
 from raydistill.data.prepare import prepare_coco
 from raydistill.data.scenes import write_scenes
 from raydistill.errors import ConfigError
-from raydistill.models.diffusers_hub import TextToImage, load_pipeline
-from raydistill.runtime.settings import RunConfig, teacher_folder
+from raydistill.models.diffusers_hub import TextToImage
+from raydistill.runtime.build import build_pipeline
+from raydistill.runtime.settings import RunConfig
 
 _SCENES = "builtin:scenes"
 
@@ -20,15 +21,16 @@ _SCENES = "builtin:scenes"
 class PipelineEncoder:
     """A pipeline's codec and text encoder, as `prepare_coco` wants them."""
 
-    def __init__(self, pipeline: TextToImage):
+    def __init__(self, pipeline: TextToImage, device: str = "cpu"):
         self.fingerprint = pipeline.fingerprint
-        self._pipeline = pipeline
+        self._pipeline = pipeline.to(device)
+        self._device = device
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return self._pipeline.encode_images(images)
+        return self._pipeline.encode_images(images.to(self._device)).cpu()
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
-        return dict(self._pipeline.encode_text(captions).tensors)
+        return dict(self._pipeline.encode_text(captions).to("cpu").tensors)
 
 
 def builtin_paths(config: RunConfig) -> RunConfig:
@@ -61,9 +63,7 @@ def prepare_data(config: RunConfig) -> None:
             f"data.shards={config.data.shards!r} can't be prepared during a run; use jobs/prepare_coco.py and "
             "prepare.coco=none"
         )
-    pipeline = load_pipeline(
-        teacher_folder(config.teacher), dtype=config.teacher.dtype, prediction=config.teacher.prediction
-    )
+    pipeline = build_pipeline(config)
     prepare_coco(
         config.prepare.coco,
         config.prepare.split,

@@ -25,7 +25,7 @@ from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
 from raydistill.runtime.build import pick_device
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
-from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict, without_tracking_secrets
+from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict, without_secret_settings
 
 _PREEMPTION_EVERY = 20
 _FAILURE_FILE = "failure.json"
@@ -99,7 +99,7 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "config": to_dict(without_tracking_secrets(config)), "run_id": run_id, "cpus": cpus,
+            "config": to_dict(without_secret_settings(config)), "run_id": run_id, "cpus": cpus,
             "tracker": tracker, "evaluator": evaluator,
         },
         scaling_config=ScalingConfig(

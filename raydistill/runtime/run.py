@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError, RayDistillError, TrainingError
+from raydistill.errors import ConfigError, TrainingError
 from raydistill.runtime.prepare import prepare_data
 from raydistill.runtime.session import STOP_FILE, request_stop
 from raydistill.runtime.settings import RunConfig, validate
-from raydistill.runtime.summary import summarise
+from raydistill.runtime.summary import summarise, warn_if_not_exportable
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     validate(config)
+    warn_if_not_exportable(config)
     prepare_data(config)
     _prepare_folder(config)
     started = time.time()
@@ -137,7 +138,7 @@ def _run_on_ray(config: RunConfig) -> None:
     status = "FAILED"
     opened = False
     try:
-        run_id = _get(tracker.run_id.remote())
+        run_id = actors.get(tracker.run_id.remote())
         opened = True
         tracker.params.remote(flatten(config))
 
@@ -147,7 +148,9 @@ def _run_on_ray(config: RunConfig) -> None:
         # inside ray.init's own SIGTERM handler, which would end this process at once
         with _stop_on_sigterm(config.run_dir), show_progress(config, progress):
             ray_train.fit(config, tracker, evaluator, run_id)
-        status = _close(config, run_id, lambda path, folder: ray.get(tracker.artifact.remote(path, folder)))
+        status = _close(
+            config, run_id, lambda path, folder: actors.get(tracker.artifact.remote(path, folder))
+        )
     finally:
         if opened:
             try:
@@ -156,19 +159,6 @@ def _run_on_ray(config: RunConfig) -> None:
                 log.warning("the tracker could not be closed; its journal is whole: %s", error)
         if mine:
             ray.shutdown()
-
-
-def _get(reference: Any) -> Any:
-    """`ray.get`, with a service's own error instead of Ray's wrapping of it."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, RayDistillError):
-            raise cause from None
-        raise
 
 
 def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) -> str:

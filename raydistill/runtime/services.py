@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from raydistill.checkpoint import Snapshots
+from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.build import build_method, build_pipeline
+from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig
 from raydistill.tracking import Tracker, previous_run_id
+
+log = logging.getLogger(__name__)
 
 
 def open_tracker(config: RunConfig) -> Tracker:
@@ -33,8 +38,8 @@ def build_evaluator(config: RunConfig, device: str = "cpu") -> Evaluator:
 
 
 def evaluate_snapshot(evaluator: Evaluator, config: RunConfig, step: int) -> Evaluation:
-    """The figures of the run's snapshot of `step`; step -1 is the teacher."""
-    if step < 0:
+    """The figures of the run's snapshot of `step`, or of the teacher."""
+    if step == TEACHER_STEP:
         return evaluator.evaluate_teacher()
     return evaluator.evaluate(Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).read(step))
 
@@ -64,17 +69,25 @@ class LocalEvaluator:
     def __init__(self, config: RunConfig):
         self._config = config
         self._evaluator: Evaluator | None = None
-        self._answer: tuple[int, Evaluation] | None = None
+        self._answer: Evaluation | EvaluatorError | None = None
 
-    def start(self, path: str | None, step: int) -> None:
-        if self._evaluator is None:
-            self._evaluator = build_evaluator(self._config)
-        with torch.random.fork_rng(devices=[]):
-            self._answer = step, evaluate_snapshot(self._evaluator, self._config, step)
+    def start(self, step: int) -> None:
+        try:
+            if self._evaluator is None:
+                self._evaluator = build_evaluator(self._config)
+            with torch.random.fork_rng(devices=[]):
+                self._answer = evaluate_snapshot(self._evaluator, self._config, step)
+        except RayDistillError:
+            raise
+        except Exception as error:
+            log.debug("evaluation of step %d", step, exc_info=True)
+            self._answer = EvaluatorError(f"{type(error).__name__}: {error}")
 
     def busy(self) -> bool:
         return self._answer is not None
 
-    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
+    def collect(self, timeout_s: float) -> Evaluation | None:
         answer, self._answer = self._answer, None
+        if isinstance(answer, EvaluatorError):
+            raise answer
         return answer

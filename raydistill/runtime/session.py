@@ -1,11 +1,12 @@
 """What the training loop asks of its surroundings: `Session`, inside Ray Train or inline without Ray.
 
-The loop never imports Ray; `raydistill.runtime.train_session` holds the Ray Train implementation.
+The loop never imports Ray; `raydistill.runtime.ray_train` holds the Ray Train implementation.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
+from raydistill.errors import EvaluatorError
 from raydistill.roles.evaluator import Evaluation
 from raydistill.roles.world import World
+
+log = logging.getLogger(__name__)
 
 
 class TrackerLike(Protocol):
@@ -33,13 +37,16 @@ class TrackerLike(Protocol):
 class EvaluatorLike(Protocol):
     """The evaluator: requests go in, answers are collected later."""
 
-    def start(self, path: str | None, step: int) -> None:
-        """Begin evaluating the snapshot at `path`, or the teacher if None. One request at a time."""
+    def start(self, step: int) -> None:
+        """Begin evaluating the snapshot of `step`, or the teacher as TEACHER_STEP. One request at a time."""
 
     def busy(self) -> bool: ...
 
-    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
-        """The answer to the request in hand, waiting at most `timeout_s`; None if it is not there yet."""
+    def collect(self, timeout_s: float) -> Evaluation | None:
+        """The answer to the request in hand, waiting at most `timeout_s`; None if it is not there yet.
+
+        Raises RayDistillError for what the user can mend, EvaluatorError if the evaluator died over the request.
+        """
 
 
 class Session(Protocol):
@@ -59,6 +66,8 @@ class Session(Protocol):
 
 
 STOP_FILE = "stop_requested"
+TEACHER_STEP = -1
+"""The step under which the teacher's own figures are asked for."""
 
 
 def stop_requested(run_dir: str) -> bool:
@@ -76,7 +85,8 @@ class EvaluationQueue:
     """Which snapshots get evaluated, newest wins, and what came of them; lives in rank 0.
 
     At most one evaluation runs and one waits. A newer snapshot takes the waiting one's place, unless that was marked
-    `must` (the first, the last). The ledger on disk outlives the process: what has no entry is asked for again.
+    `must` (the first, the last). The ledger on disk outlives the process: what has no figures is asked for again by
+    the next process. An evaluator that dies over a request costs that request, never the training.
     """
 
     def __init__(self, evaluator: EvaluatorLike, tracker: TrackerLike, run_dir: str):
@@ -86,48 +96,55 @@ class EvaluationQueue:
         self.ledger: dict[str, dict[str, Any]] = (
             json.loads(self._ledger_file.read_text()) if self._ledger_file.is_file() else {}
         )
-        self._waiting: list[tuple[int, str | None, bool]] = []  # (step, path, must); the teacher is step -1
+        for step in [step for step, entry in self.ledger.items() if entry["state"] == "failed"]:
+            del self.ledger[step]
+        self._waiting: list[tuple[int, bool]] = []  # (step, must); the teacher is TEACHER_STEP
         self._running: int | None = None
 
     def pending_steps(self) -> set[int]:
         """Steps whose snapshots must not be deleted yet."""
-        steps = {step for step, _, _ in self._waiting}
+        steps = {step for step, _ in self._waiting}
         return steps | ({self._running} if self._running is not None else set())
 
     def answered(self, step: int) -> bool:
         return str(step) in self.ledger
 
-    def submit(self, path: str | None, step: int, *, must: bool = False) -> None:
-        """Ask for the evaluation of the snapshot at `path` (None: of the teacher, as step -1)."""
+    def submit(self, step: int, *, must: bool = False) -> None:
+        """Ask for the evaluation of the snapshot of `step` (TEACHER_STEP: of the teacher)."""
         if self.answered(step) or step in self.pending_steps():
             return
-        for waiting in [entry for entry in self._waiting if not entry[2]]:
+        for waiting in [entry for entry in self._waiting if not entry[1]]:
             self._waiting.remove(waiting)
             self._record(waiting[0], {"state": "skipped"})
-        self._waiting.append((step, path, must))
+        self._waiting.append((step, must))
         self._start_next()
 
     def poll(self, now: int, timeout_s: float = 0.0) -> None:
         """Collect an answer if there is one; `now`: generator updates made, to report the lag."""
         if self._running is None:
             return
-        answer = self._evaluator.collect(timeout_s)
-        if answer is None:
+        step = self._running
+        try:
+            evaluation = self._evaluator.collect(timeout_s)
+        except EvaluatorError as error:
+            log.warning("the evaluation of step %d failed, training goes on: %s", step, error)
+            self._running = None
+            self._record(step, {"state": "failed", "error": str(error)})
+            self._tracker.metrics({"eval/failed": float(self._count("failed"))}, now)
+            self._start_next()
             return
-        step, evaluation = answer
+        if evaluation is None:
+            return
         self._running = None
-        at = max(step, 0)
-        if step < 0:
-            metrics = evaluation.metrics
-        else:
-            skipped = sum(entry["state"] == "skipped" for entry in self.ledger.values())
-            metrics = evaluation.metrics | {
+        metrics = evaluation.metrics
+        if step >= 0:
+            metrics = metrics | {
                 "eval/lag_updates": float(now - step),
-                "eval/skipped": float(skipped),
+                "eval/skipped": float(self._count("skipped")),
             }
             self._tracker.artifact_bytes(evaluation.grid_png, f"grid_{step:08d}.png", "grids")
             self._tracker.tags({"protocol_hash": str(evaluation.protocol.get("hash", ""))})
-        self._tracker.metrics(metrics, at)
+        self._tracker.metrics(metrics, max(step, 0))
         # a figure counts as answered only once it is in the journal
         self._tracker.sync()
         self._record(step, {"state": "done", "metrics": evaluation.metrics, "protocol": evaluation.protocol})
@@ -148,9 +165,12 @@ class EvaluationQueue:
 
     def _start_next(self) -> None:
         if self._running is None and self._waiting and not self._evaluator.busy():
-            step, path, _ = self._waiting.pop(0)
-            self._evaluator.start(path, step)
+            step, _ = self._waiting.pop(0)
+            self._evaluator.start(step)
             self._running = step
+
+    def _count(self, state: str) -> int:
+        return sum(entry["state"] == state for entry in self.ledger.values())
 
     def _record(self, step: int, entry: dict[str, Any]) -> None:
         self.ledger[str(step)] = entry

@@ -27,6 +27,8 @@ class TeacherConfig:
 
     path: str = "builtin:scenes"
     """Folder or hub id of an SD- or SDXL-shaped diffusers pipeline; builtin:scenes is the one that is shipped."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     guidance_scale: float = 3.0
     """s in x0 = uncond + s (cond - uncond); 1 is none. SD1.5: 1.75, SDXL: 8. Papers' w is s - 1."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -152,8 +154,9 @@ class RunConfig:
 
 RESUMABLE_CHANGES = (
     "resume", "output_dir", "train.generator_updates", "train.log_every", "data.shards", "data.cache_dir",
-    "data.num_workers", "data.cache_mb", "prepare.", "evaluator.coco", "evaluator.every",
-    "evaluator.batch_size", "evaluator.grid_images", "evaluator.threads", "checkpoint.", "placement.", "tracking.",
+    "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
+    "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
+    "evaluator.threads", "evaluator.niceness", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it."""
 
@@ -191,8 +194,8 @@ def validate(config: RunConfig) -> None:
         )
 
 
-def without_tracking_secrets(config: RunConfig) -> RunConfig:
-    """The settings as they may be written down: no credentials in tracking.uri."""
+def without_secret_settings(config: RunConfig) -> RunConfig:
+    """The settings as they may be shown or written down: no credentials in tracking.uri."""
     if not config.tracking.uri:
         return config
     return replace(config, tracking=replace(config.tracking, uri=without_secrets(config.tracking.uri)))

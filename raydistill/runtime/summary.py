@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from raydistill.checkpoint import Snapshot, Snapshots
-from raydistill.models.diffusers_hub import export_pipeline
+from raydistill.errors import ConfigError
+from raydistill.models.diffusers_export import export_pipeline, require_exportable
 from raydistill.roles.critic import strip
-from raydistill.runtime.loop import best_metric
+from raydistill.runtime.keeper import best_metric
+from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.tracking import without_secrets
+
+log = logging.getLogger(__name__)
 
 
 def summarise(config: RunConfig, run_id: str) -> Path:
@@ -39,16 +44,32 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     }
     best = last
     if config.evaluator.enabled:
-        figures, best_step = _figures(config)
+        figures, best_step = _figures(config, last.step)
         summary |= figures
-        best = snapshots.read(best_step)
-    exported = export_snapshot(config, best, folder / "export")
-    summary |= {"exported_step": best.step, "export": str(exported)}
+        if best_step is not None:
+            best = snapshots.read(best_step)
+    try:
+        exported = export_snapshot(config, best, folder / "export")
+        summary |= {"exported_step": best.step, "export": str(exported)}
+    except (
+        ConfigError
+    ) as error:  # timesteps that diffusers' schedulers can't visit: the run said so when it began
+        summary |= {"exported_step": None, "export": None, "export_error": str(error)}
     path = folder / "summary.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=2) + "\n")
     partial.replace(path)
     return path
+
+
+def warn_if_not_exportable(config: RunConfig) -> None:
+    """Say before training what the export at its end would find out."""
+    try:
+        require_exportable(
+            teacher_folder(config.teacher), config.method.timesteps, revision=config.teacher.revision
+        )
+    except ConfigError as error:
+        log.warning("the generator can be trained and sampled, but not exported: %s", error)
 
 
 def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
@@ -59,33 +80,41 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
         teacher_folder(config.teacher),
         strip(tensors, prefix),
         out,
-        timesteps=[int(t) for t in config.method.timesteps],
+        timesteps=config.method.timesteps,
+        prediction=config.teacher.prediction,
+        revision=config.teacher.revision,
     )
 
 
-def _figures(config: RunConfig) -> tuple[dict[str, Any], int]:
+def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | None]:
+    """Figures, None where an evaluation failed, and the best evaluated step."""
     ledger = json.loads((Path(config.run_dir) / "evaluations.json").read_text())
     metric = best_metric(config)
     label = metric.rpartition("_")[2]
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
-    teacher = done.pop(-1)
-    best = min(done, key=lambda step: done[step][metric])
+    teacher = done.pop(TEACHER_STEP, {})
+    best = min(done, key=lambda step: done[step][metric], default=None)
     accuracy = f"eval/prompt_accuracy_{label}"
-    end = max(done)
+    start, end = done.get(0, {}), done.get(last_step, {})
     figures = {
-        "toyfid_start": done[min(done)][metric],
-        "toyfid_end": done[end][metric],
-        "toyfid_best": done[best][metric],
-        "toyfid_teacher": teacher[f"eval/teacher_toyfid_{label}"],
-        "prompt_accuracy_start": done[min(done)][accuracy],
-        "prompt_accuracy": done[end][accuracy],
-        "prompt_accuracy_teacher": teacher[f"eval/teacher_prompt_accuracy_{label}"],
+        "toyfid_start": start.get(metric),
+        "toyfid_end": end.get(metric),
+        "toyfid_best": done[best][metric] if best is not None else None,
+        "toyfid_teacher": teacher.get(f"eval/teacher_toyfid_{label}"),
+        "prompt_accuracy_start": start.get(accuracy),
+        "prompt_accuracy": end.get(accuracy),
+        "prompt_accuracy_teacher": teacher.get(f"eval/teacher_prompt_accuracy_{label}"),
         "toyfid_samples": config.evaluator.num_samples,
         "prompt_accuracy_samples": config.evaluator.num_samples,
         "best_step": best,
         "curve": [[step, done[step][metric], done[step][accuracy]] for step in sorted(done)],
+        "evaluations_failed": {s: e["error"] for s, e in ledger.items() if e["state"] == "failed"},
     }
     return figures, best
+
+
+def _cell(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.3f}"
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -108,9 +137,17 @@ def table(summary: dict[str, Any]) -> str:
         ]
         lines.append(f"{'':<42}{f'toyfid ({n})':>14}{f'prompt accuracy ({n})':>24}")
         lines += [
-            f"{label:<42}{summary[fid]:>14.3f}{summary[accuracy]:>24.3f}" for label, fid, accuracy in rows
+            f"{label:<42}{_cell(summary[fid]):>14}{_cell(summary[accuracy]):>24}"
+            for label, fid, accuracy in rows
         ]
-    lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
+        lines += [
+            f"the evaluation of {'the teacher' if int(step) == TEACHER_STEP else f'update {step}'} failed: {error}"
+            for step, error in summary["evaluations_failed"].items()
+        ]
+    if summary["export"] is None:
+        lines.append(f"not exported: {summary['export_error']}")
+    else:
+        lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
     mlflow = Path(sys.executable).with_name("mlflow")
     lines.append(f"compare runs: {mlflow} ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
     return "\n".join(lines)

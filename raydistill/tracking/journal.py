@@ -9,6 +9,7 @@ A line reaches the kernel before `append` returns, so SIGKILL loses nothing; `sy
 cut too.
 """
 
+import errno
 import fcntl
 import itertools
 import json
@@ -131,15 +132,26 @@ class Journal:
             return len(new)
 
     def append(self, entry: dict[str, Any]) -> bool:
-        """Append one entry; False if the journal is full of entries that MLflow does not have yet."""
+        """Append one entry; False if the journal is full of entries that MLflow does not have yet.
+
+        Raises TrackingError if the disk takes no more.
+        """
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             if self._end - self._base + len(line) > self._max_bytes:
                 self._compact()
                 if self._end - self._base + len(line) > self._max_bytes:
                     return False
-            self._file.seek(self._header_bytes + self._end - self._base)
-            self._file.write(line)
+            at = self._header_bytes + self._end - self._base
+            try:
+                self._file.seek(at)
+                if self._file.write(line) != len(line):
+                    self._file.truncate(at)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise TrackingError(
+                    f"can't write figures to {self.path} (output_dir): {error.strerror or error}"
+                ) from error
             self._end += len(line)
             return True
 

@@ -14,15 +14,14 @@ METRICS: dict[str, str] = {
     "loss/gan_critic": "critic: GAN classification loss on real and generated samples",
     "loss/critic_total": "critic: weighted sum that is differentiated",
     # gradient norms (L2), before clipping
-    "grad_norm/dm": "gradient of the distribution-matching term at the generated sample",
-    "grad_norm/gan_generator": "gradient of the GAN term at the generated sample",
+    "grad_norm/dm": "gradient of the distribution-matching term at the generated samples of the global batch",
+    "grad_norm/gan_generator": "gradient of the GAN term at the generated samples of the global batch",
     "grad_norm/generator": "whole gradient of the generator's weights",
     "grad_norm/critic": "whole gradient of the critic's weights",
     # is the critic keeping up?
     "critic/real_accuracy": "share of real samples that the GAN head takes for real",
     "critic/fake_accuracy": "share of generated samples that the GAN head takes for generated",
     "critic/lag": "teacher-critic disagreement: mean |x0_teacher - x0_critic| on noised generated samples",
-    "critic/lag_*": "the same in one bucket of noise levels",
     # generated samples, in the space the generator works in
     "sample/mean": "mean of the generated samples; a drift is a brightness drift",
     "sample/std": "standard deviation of the generated samples; a rise is over-saturation, a fall collapse",
@@ -40,7 +39,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "seconds for one generator update with its critic updates",
     "time/data_s": "seconds of it spent waiting for data",
     "throughput/images_per_s": "training samples per second, all ranks together",
-    "memory/peak_gib": "peak memory of this rank in GiB since the last point",
+    "memory/peak_gib": "peak memory of rank 0 in GiB since its process began",
     # preflight: the teacher denoises real training samples before step 1
     "preflight/error_*": "relative error of the teacher's x0 at one noise level",
     # evaluation, at the step of the evaluated snapshot; N is part of the name
@@ -53,6 +52,7 @@ METRICS: dict[str, str] = {
     "eval/lag_updates": "generator updates made between the snapshot and its result",
     "eval/seconds": "seconds one evaluation took",
     "eval/skipped": "snapshots passed over because a newer one was waiting",
+    "eval/failed": "evaluations that the evaluator did not survive",
     # data
     "data/accepted": "training samples read",
     "data/rejected": "training samples refused, all reasons together",

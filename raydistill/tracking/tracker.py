@@ -6,7 +6,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,6 +39,17 @@ class TrackingConfig:
     """Seconds one request to the tracking server may take."""
     retry_max_s: float = 30.0
     """Longest pause in seconds between attempts to reach a tracking server that went away."""
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise TrackingError(
+            f"can't write artifact {target} (output_dir): {error.strerror or error}"
+        ) from error
 
 
 class Tracker:
@@ -132,13 +144,15 @@ class Tracker:
             raise TrackingError(f"artifact {local_path} is not a file")
         target = self._artifact_file(source.name, artifact_path)
         if source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+            with _writing(target):
+                shutil.copyfile(source, target)
         self._append({"artifact": str(target.relative_to(self.run_dir)), "folder": artifact_path})
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
         """Write bytes to run_dir/artifacts/<artifact_path>/<name> and send them to MLflow."""
         target = self._artifact_file(name, artifact_path)
-        target.write_bytes(data)
+        with _writing(target):
+            target.write_bytes(data)
         self._append({"artifact": str(target.relative_to(self.run_dir)), "folder": artifact_path})
 
     def progress(self) -> dict[str, Any]:
@@ -220,9 +234,7 @@ class Tracker:
             raise TrackingError(
                 f"artifact {artifact_path!r}/{name!r} is not a path inside the run's artifacts"
             )
-        target = Path(self.run_dir, "artifacts", *relative.parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
+        return Path(self.run_dir, "artifacts", *relative.parts)
 
     def _send_for_ever(self) -> None:
         pause_s, down_since = 0.0, 0.0

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,8 @@ from raydistill.diffusion.random import Draws
 from raydistill.diffusion.samplers import few_step
 from raydistill.errors import ConfigError
 from raydistill.models.denoiser import Cond, denoise_guided
-from raydistill.models.diffusers_hub import (
-    TextToImage,
-    denoiser_on_meta,
-    export_pipeline,
-    few_step_scheduler,
-    load_pipeline,
-)
+from raydistill.models.diffusers_export import export_pipeline, few_step_scheduler
+from raydistill.models.diffusers_hub import TextToImage, denoiser_on_meta, load_pipeline
 from raydistill.runtime.settings import BUILTIN_TEACHERS
 
 FOLDER = str(BUILTIN_TEACHERS["builtin:scenes"])
@@ -194,6 +190,48 @@ def test_timesteps_that_no_scheduler_visits_are_refused() -> None:
     config = json.loads((Path(FOLDER) / "scheduler" / "scheduler_config.json").read_text())
     with pytest.raises(ConfigError, match=r"method\.timesteps"):
         few_step_scheduler(config, [999, 600])
+    with pytest.raises(ConfigError, match=r"whole timesteps, method\.timesteps=\(624\.5,\)"):
+        few_step_scheduler(config, [624.5])
+
+
+def test_export_keeps_the_prediction_type_that_the_settings_gave_and_zero_terminal_snr(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(FOLDER, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}
+    file.write_text(json.dumps(told))
+    teacher = load_pipeline(str(folder), prediction="v_prediction")
+    weights = teacher.denoiser.state_dict()
+    for times in ([999], [625]):
+        out = export_pipeline(
+            str(folder), weights, tmp_path / f"{times[0]}", timesteps=times, prediction="v_prediction"
+        )
+        scheduler = lcm_scheduler(out)
+        assert scheduler.config.prediction_type == "v_prediction"
+        ours = teacher.denoiser.schedule.alphas_cumprod[: times[0] + 1]
+        assert torch.allclose(scheduler.alphas_cumprod.double(), torch.from_numpy(ours), atol=1e-6)
+
+
+def lcm_scheduler(folder: Path) -> Any:
+    from diffusers import LCMScheduler
+
+    return LCMScheduler.from_pretrained(folder / "scheduler")
+
+
+def test_bf16_teacher_is_cast_after_its_fingerprint_and_its_copies_stay_exact() -> None:
+    exact, pipeline = load_pipeline(FOLDER), load_pipeline(FOLDER)
+    copy = pipeline.copy_denoiser("fp32")
+    pipeline.denoiser.cast("bf16")
+    assert pipeline.fingerprint == exact.fingerprint
+    for name, tensor in copy.state_dict().items():
+        assert torch.equal(tensor, exact.denoiser.state_dict()[name]), name
+    cond = exact.encode_text(PROMPTS)
+    x_t, t = torch.randn(2, *exact.latent_shape), torch.tensor([100.0, 700.0])
+    rough, fine = pipeline.denoiser(x_t, t, cond), exact.denoiser(x_t, t, cond)
+    assert rough.dtype == torch.float32
+    assert 0 < float((rough - fine).abs().max()) < 0.3
 
 
 @pytest.mark.parametrize(

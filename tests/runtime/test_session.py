@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from raydistill.errors import EvaluatorError
 from raydistill.roles.evaluator import Evaluation
 from raydistill.runtime.session import EvaluationQueue, request_stop, stop_requested
 
@@ -12,19 +13,22 @@ class SlowEvaluator:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.ready = False
+        self.deadly: set[int] = set()
 
-    def start(self, path: str | None, step: int) -> None:
+    def start(self, step: int) -> None:
         self.asked.append(step)
 
     def busy(self) -> bool:
         return False
 
-    def collect(self, timeout_s: float) -> tuple[int, Evaluation] | None:
+    def collect(self, timeout_s: float) -> Evaluation | None:
         if not self.ready:
             return None
         self.ready = False
         step = self.asked[-1]
-        return step, Evaluation({"eval/toyfid_10": float(abs(step - 30))}, {"hash": "h"}, b"png")
+        if step in self.deadly:
+            raise EvaluatorError("the actor died")
+        return Evaluation({"eval/toyfid_10": float(abs(step - 30))}, {"hash": "h"}, b"png")
 
 
 class Notes:
@@ -55,16 +59,16 @@ def answer(queue: EvaluationQueue, evaluator: SlowEvaluator, now: int) -> None:
 def test_newest_snapshot_takes_the_waiting_ones_place_but_the_marked_ones_stay(tmp_path: Path) -> None:
     evaluator, notes = SlowEvaluator(), Notes()
     queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
-    queue.submit("a", 0, must=True)
-    queue.submit("b", 10)
-    queue.submit("c", 20)
-    queue.submit("d", 30)
+    queue.submit(0, must=True)
+    queue.submit(10)
+    queue.submit(20)
+    queue.submit(30)
     assert evaluator.asked == [0]
     assert queue.pending_steps() == {0, 30}
     answer(queue, evaluator, now=31)
     assert evaluator.asked == [0, 30]
-    queue.submit("e", 40, must=True)
-    queue.submit("f", 50)
+    queue.submit(40, must=True)
+    queue.submit(50)
     assert queue.pending_steps() == {30, 40, 50}
     for _ in range(3):
         answer(queue, evaluator, now=60)
@@ -79,14 +83,37 @@ def test_newest_snapshot_takes_the_waiting_ones_place_but_the_marked_ones_stay(t
 def test_ledger_outlives_the_process_and_only_unanswered_steps_are_asked_again(tmp_path: Path) -> None:
     evaluator, notes = SlowEvaluator(), Notes()
     queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
-    queue.submit("a", 0, must=True)
+    queue.submit(0, must=True)
     answer(queue, evaluator, now=1)
-    queue.submit("b", 10, must=True)
+    queue.submit(10, must=True)
     # the process dies here
     again = SlowEvaluator()
     queue = EvaluationQueue(again, notes, str(tmp_path))  # type: ignore[arg-type]
-    queue.submit("a", 0, must=True)
-    queue.submit("b", 10, must=True)
+    queue.submit(0, must=True)
+    queue.submit(10, must=True)
+    assert again.asked == [10]
+
+
+def test_evaluation_that_kills_the_evaluator_costs_itself_only_and_is_asked_again_by_the_next_process(
+    tmp_path: Path,
+) -> None:
+    evaluator, notes = SlowEvaluator(), Notes()
+    evaluator.deadly = {10}
+    queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
+    for step in (0, 10, 20):
+        queue.submit(step, must=True)
+    for _ in range(3):
+        answer(queue, evaluator, now=21)
+    assert evaluator.asked == [0, 10, 20]
+    assert queue.pending_steps() == set()
+    queue.drain(21)  # has nothing to wait for
+    assert (21, {"eval/failed": 1.0}) in notes.points
+    assert queue.ledger["10"] == {"state": "failed", "error": "the actor died"}
+
+    again = SlowEvaluator()
+    queue = EvaluationQueue(again, notes, str(tmp_path))  # type: ignore[arg-type]
+    for step in (0, 10, 20):
+        queue.submit(step, must=True)
     assert again.asked == [10]
 
 

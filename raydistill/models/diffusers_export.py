@@ -1,0 +1,99 @@
+"""A generator as a diffusers folder that plain `DiffusionPipeline.from_pretrained` samples in its own few steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raydistill.errors import ConfigError
+from raydistill.models.diffusers_hub import diffusers, local_folder, read_json
+
+
+def export_pipeline(
+    teacher_path: str,
+    weights: dict[str, Tensor],
+    out: Path,
+    *,
+    timesteps: Sequence[float],
+    prediction: str = "auto",
+    revision: str | None = None,
+) -> Path:
+    """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
+
+    The teacher's folder with the UNet's weights replaced and, as scheduler, an LCMScheduler, whose step is the
+    generator's own: x0, then re-noise to the next time.
+
+    weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained. prediction: as the
+    teacher was loaded with.
+
+    Raises ConfigError if the scheduler can't reproduce `timesteps`.
+    """
+    folder, scheduler = require_exportable(teacher_path, timesteps, prediction=prediction, revision=revision)
+    if out.exists():
+        shutil.rmtree(out)
+    ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
+    shutil.copytree(folder, out, ignore=ignored)
+    model = diffusers.UNet2DConditionModel
+    unet = model.from_config(model.load_config(folder / "unet"))
+    unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
+    unet.save_pretrained(out / "unet", safe_serialization=True)
+    scheduler.save_pretrained(out / "scheduler")
+    index = read_json(out / "model_index.json", teacher_path)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return out
+
+
+def require_exportable(
+    teacher_path: str, timesteps: Sequence[float], *, prediction: str = "auto", revision: str | None = None
+) -> tuple[Path, Any]:
+    """The teacher's folder and a scheduler for `timesteps`. Raises ConfigError if diffusers has none."""
+    folder = local_folder(teacher_path, revision)
+    config = read_json(folder / "scheduler" / "scheduler_config.json", teacher_path)
+    if prediction != "auto":
+        config |= {"prediction_type": prediction}
+    return folder, few_step_scheduler(config, timesteps)
+
+
+def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[float]) -> Any:
+    """An LCMScheduler that visits exactly `timesteps` when asked for `len(timesteps)` steps.
+
+    Its grid begins at its last training timestep, so a generator that starts below the teacher's gets the teacher's
+    betas up to there. Raises ConfigError for a grid that is not evenly spaced from its first timestep down.
+    """
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
+    config = {name: teacher_config[name] for name in kept if name in teacher_config}
+    wanted = [int(t) for t in timesteps]
+    if any(t != float(whole) for t, whole in zip(timesteps, wanted, strict=True)):
+        raise ConfigError(
+            f"diffusers' schedulers step over whole timesteps, method.timesteps={tuple(timesteps)} has others"
+        )
+    num = wanted[0] + 1
+    if num != config.get("num_train_timesteps", 1000):
+        betas = diffusers.DDPMScheduler(**config).betas[:num]  # rescaled already where they are to be
+        config |= {"num_train_timesteps": num, "trained_betas": [float(beta) for beta in betas]}
+        config.pop("rescale_betas_zero_snr", None)
+    # LCM's c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2), s = scaling * t, tend to 0 and 1: x0 itself
+    config |= {"set_alpha_to_one": True, "clip_sample": False, "timestep_scaling": 1e9}
+    for steps in {num, len(wanted)}:
+        scheduler = diffusers.LCMScheduler(**config, original_inference_steps=steps)
+        scheduler.set_timesteps(len(wanted))
+        if scheduler.timesteps.tolist() == wanted:
+            return scheduler
+    raise ConfigError(
+        f"no diffusers scheduler visits the timesteps {wanted} in {len(wanted)} steps (method.timesteps); "
+        "evenly spaced ones can be exported, e.g. 999,749,499,249"
+    )
