@@ -21,7 +21,7 @@ from typing import Any
 
 SIZES = {
     "scenes": "the embedded teacher: latents 4x8x8",
-    "edm16": "pixels 3x16x16, UNet of about 3.5 M parameters",
+    "edm16": "pixels 3x16x16, UNet of about 1.5 M parameters",
     "edm32": "pixels 3x32x32, UNet of about 56 M parameters (EDM's CIFAR-10 size)",
 }
 

@@ -1,0 +1,135 @@
+"""The plan against what really happens: forward passes counted by hooks, bytes of real tensors."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from raydistill.errors import ConfigError
+from raydistill.models.diffusers_hub import random_pixel_pipeline
+from raydistill.runtime.plan import plan, plan_for
+from raydistill.runtime.settings import RunConfig
+from tests.tiny import tiny_config, tiny_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "jobs" / "bench_step.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_step", BENCH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planned(config: RunConfig) -> Any:
+    _, meta, shapes = random_pixel_pipeline(8, (8, 16), 1)
+    return plan_for(config, meta, shapes)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "guided, GAN on the critic": {},
+    "unguided": {"teacher": {"guidance_scale": 1.0}},
+    "no GAN": {"method": {"gan_weight_generator": 0.0, "gan_weight_critic": 0.0}},
+    "GAN on the teacher": {"method": {"gan_features": "teacher"}},
+    "ratio 5": {"method": {"critic_updates_per_generator": 5}},
+    "accumulation": {"train": {"micro_batch_size": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_passes_of_an_update_are_those_of_the_plan(bench: ModuleType, case: str) -> None:
+    config = tiny_config(**CASES[case])
+    trainer = tiny_trainer(config)
+    networks = {
+        "generator": trainer.generator.denoiser,
+        "critic": trainer.critic.critic.denoiser,
+        "teacher": trainer.pipeline.denoiser,
+    }
+    counts = {role: bench.Count(net.unet) for role, net in networks.items()}
+    trainer.window()
+    expected = planned(config)
+    for role, count in counts.items():
+        counted = count.equivalents(expected.encoder_share) / config.train.batch_size
+        assert counted == pytest.approx(expected.forwards[role], rel=1e-6), role
+
+
+def test_bytes_of_weights_gradients_optimiser_and_ema_are_those_of_the_real_tensors() -> None:
+    config = tiny_config()
+    trainer = tiny_trainer(config)
+    trainer.window()
+    roles = planned(config).bytes_by_role
+
+    def size(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    for role, owner, net in (
+        ("generator", trainer.generator, trainer.generator.denoiser),
+        ("critic", trainer.critic, trainer.critic.critic),
+    ):
+        assert size(net.parameters()) == roles[role].weights == roles[role].gradients
+        moments = [
+            t for state in owner.optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1
+        ]
+        biases = sum(p.numel() == 1 for p in net.parameters())  # their moments look like step counters
+        assert size(moments) + 8 * biases == roles[role].optimizer
+    assert size(trainer.generator.ema.weights().values()) == roles["generator"].ema  # type: ignore[union-attr]
+    assert size(trainer.pipeline.denoiser.parameters()) == roles["teacher"].weights
+    assert roles["critic"].activations > roles["generator"].activations > 0
+
+
+def test_saved_activations_are_those_of_the_real_graph() -> None:
+    config = tiny_config(method={"gan_weight_generator": 0.0, "gan_weight_critic": 0.0})
+    trainer = tiny_trainer(config)
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = next(trainer.readers["prompt/generator"].batch(0))
+    x_t = torch.randn(8, *trainer.pipeline.latent_shape)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = trainer.generator.denoiser(x_t, torch.full((8,), 500.0), trainer._cond(batch))
+    real = sum(t.untyped_storage().nbytes() for t in seen.values())
+    assert graph.requires_grad
+    assert planned(config).bytes_by_role["generator"].activations == pytest.approx(real, rel=0.15)
+
+
+def test_bf16_and_checkpointing_need_less_and_more_ranks_less_each() -> None:
+    plain = planned(tiny_config())
+    activations = plain.bytes_by_role["generator"].activations
+    assert planned(tiny_config(train={"dtype": "bf16"})).bytes_by_role["generator"].activations < activations
+    saved = planned(tiny_config(train={"activation_checkpointing": True}))
+    assert saved.bytes_by_role["generator"].activations < activations
+    assert saved.forwards["generator"] == plain.forwards["generator"] + 1
+    both = planned(tiny_config(placement={"workers": 2}))
+    assert both.bytes_by_role["generator"].activations == pytest.approx(activations / 2, rel=0.05)
+
+
+def test_plan_of_a_teacher_that_is_not_there_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.path"):
+        plan(tiny_config(teacher={"path": "/nowhere/teacher"}))
+
+
+def test_bench_prints_and_writes_what_it_promises(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    command = [sys.executable, str(BENCH), "--size", "edm16", "--batch", "2", "--updates", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(out.read_text())["results"]
+    assert f"{result['seconds_median']:.3f} s per generator update" in done.stdout
+    for role, counted in result["forward_equivalents"].items():
+        assert counted == pytest.approx(result["forward_equivalents_planned"][role], rel=1e-6)
+    assert result["samples_per_s"] == pytest.approx(2 * 5 / result["seconds_median"])
+    # the process also holds what convolutions work in; the plan counts tensors
+    assert 0.5 * result["peak_gib_planned"] < result["peak_gib"] < 3 * result["peak_gib_planned"] + 0.1
