@@ -45,15 +45,16 @@ def recipe() -> RunConfig:
 
 
 def long() -> RunConfig:
-    """The same teacher and method for most of an hour, in larger batches and with a longer average."""
+    """The same teacher and method for most of an hour, with a stronger GAN and a longer average."""
     base = recipe()
     return replace(
         base,
         name="dmd2_coco_long",
-        generator=replace(base.generator, lr=1.5e-4, decay_steps=0, ema_halflife_images=6000.0),
-        train=replace(base.train, generator_updates=1300, batch_size=64),
-        evaluator=replace(base.evaluator, every=200),
-        checkpoint=replace(base.checkpoint, every=100),
+        method=replace(base.method, gan_weight_generator=0.3, gan_weight_critic=0.1),
+        generator=replace(base.generator, decay_steps=4000, ema_halflife_images=6000.0),
+        train=replace(base.train, generator_updates=4000),
+        evaluator=replace(base.evaluator, every=400),
+        checkpoint=replace(base.checkpoint, every=200),
     )
 
 

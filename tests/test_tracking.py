@@ -57,9 +57,7 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 def test_every_name_that_the_run_needs_is_in_the_list() -> None:
     check_metric_names(METRICS[name] and name.replace("*", "2k") for name in METRICS)
-    check_metric_names(
-        ["eval/toyfid_500", "preflight/error_t999", "data/rejected/no_caption"]
-    )
+    check_metric_names(["eval/toyfid_500", "preflight/error_t999", "data/rejected/no_caption"])
     assert all(description for description in METRICS.values())
 
 

@@ -88,6 +88,10 @@ class RoleOptimizer:
         packed = torch.where(squared.to(packed.device), packed.square() / self.world.size, packed)
         self.world.mean_([packed])
         packed = torch.where(squared.to(packed.device), packed.sqrt(), packed)
+        if LARGEST in scalars:
+            largest = scalars[LARGEST].detach().float().clone()
+            self.world.max_(largest)
+            packed[names.index(LARGEST)] = largest
         values = dict(zip(names, packed.tolist(), strict=True))  # the step's one host synchronisation
         self._require_finite(values)
         if values[names[-1]] > self.config.clip_norm:
@@ -111,17 +115,19 @@ class RoleOptimizer:
             )
 
 
+LARGEST = "sample/absmax"
+"""The one scalar of which micro-batches and ranks keep the maximum."""
 AT_SAMPLES = "grad_norm/"
 """Begins the names of norms of gradients at the samples, which are those of the global batch's mean loss."""
 
 
 def mean_scalars(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Merge named scalars of micro-batches: means, but the maximum of `sample/absmax` and joint norms at samples."""
+    """Merge named scalars of micro-batches: means, but the maximum of LARGEST and joint norms at samples."""
     rows = list(parts)
     merged = {}
     for name in rows[0]:
         stacked = torch.stack([row[name].detach().float() for row in rows])
-        if name == "sample/absmax":
+        if name == LARGEST:
             merged[name] = stacked.amax()
         elif name.startswith(AT_SAMPLES):
             merged[name] = stacked.norm() / len(rows)

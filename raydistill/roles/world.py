@@ -39,6 +39,11 @@ class World:
         if bucket:
             self._mean_bucket(bucket)
 
+    def max_(self, tensor: Tensor) -> None:
+        """The largest over the ranks, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; a collective call."""
         if self.size == 1:

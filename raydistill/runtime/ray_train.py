@@ -60,7 +60,9 @@ class TrainSession:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs. A mistake of ours or the user's is written down, not retried."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
+    # it tells of every report, by a logger that is named after its file
+    told_by = Path(ray.train.__file__).parent / "v2/_internal/execution/context.py"
+    logging.getLogger(str(told_by)).setLevel(logging.WARNING)
     config = config_from_dict(settings["config"])
     failure = Path(config.run_dir) / _FAILURE_FILE
     if failure.exists():

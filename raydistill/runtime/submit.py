@@ -7,6 +7,7 @@ still owes is fetched once the job has ended.
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -69,6 +70,7 @@ def submit_and_follow(
         raise RayDistillError(f"working dir {folder} is no folder")
     local = address in ("auto", local_cluster.ADDRESS)
     client = connect(address)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # every socket that closes
     command = shlex.join(entrypoint)
     if local:
         # A head that was started by hand may know another `python` than raydistill's.

@@ -22,7 +22,9 @@ NOTHING = Cond({})
         (16, 1, [1, 1]),
     ],
 )
-def test_head_closes_any_bottleneck_to_one_logit_a_sample(channels: int, size: int, kernels: list[int]) -> None:
+def test_head_closes_any_bottleneck_to_one_logit_a_sample(
+    channels: int, size: int, kernels: list[int]
+) -> None:
     head = BottleneckHead(channels, size)
     convolutions = [m for m in head.layers if isinstance(m, torch.nn.Conv2d)]
     assert [conv.kernel_size[0] for conv in convolutions] == kernels
@@ -71,6 +73,4 @@ def test_mixture_of_one_is_the_gaussian(schedule: NoiseSchedule) -> None:
     one = GaussianMixtureDenoiser(schedule, torch.ones(1), mean, torch.tensor([0.7], dtype=torch.float64))
     gaussian = GaussianDenoiser(schedule, mean[0], torch.full((2, 3, 3), 0.7, dtype=torch.float64))
     x_t, t = torch.randn(4, 2, 3, 3, dtype=torch.float64), torch.tensor([10.0, 300.0, 700.0, 990.0])
-    torch.testing.assert_close(
-        one(x_t, t, NOTHING), gaussian(x_t, t, NOTHING), rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(one(x_t, t, NOTHING), gaussian(x_t, t, NOTHING), rtol=1e-9, atol=1e-9)

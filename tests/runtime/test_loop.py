@@ -219,7 +219,13 @@ def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path)
         assert (tensor - weights(alone)[name]).abs().max() < 1e-6, name
     for one, both in zip(expected, saved[0]["values"], strict=True):
         assert both["loss/dm"] == pytest.approx(one["loss/dm"], rel=1e-4)
-        for name in ("loss/dsm", "grad_norm/dm", "grad_norm/gan_generator", "grad_norm/critic"):
+        for name in (
+            "loss/dsm",
+            "grad_norm/dm",
+            "grad_norm/gan_generator",
+            "grad_norm/critic",
+            "sample/absmax",
+        ):
             assert both[name] == pytest.approx(one[name], rel=1e-4)
 
 

@@ -24,7 +24,8 @@ BENCH = ROOT / "jobs" / "bench_step.py"
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_step", BENCH)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -123,7 +124,18 @@ def test_plan_of_a_teacher_that_is_not_there_names_the_setting() -> None:
 
 def test_bench_prints_and_writes_what_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
-    command = [sys.executable, str(BENCH), "--size", "edm16", "--batch", "2", "--updates", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(BENCH),
+        "--size",
+        "edm16",
+        "--batch",
+        "2",
+        "--updates",
+        "1",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(out.read_text())["results"]

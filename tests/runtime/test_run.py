@@ -1,13 +1,16 @@
 """Whole runs of the default job on a small data set: killed, stopped, resumed, under Ray, and fed bad input."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raydistill.checkpoint import Snapshots
@@ -172,6 +175,89 @@ def test_run_under_ray_train_gives_the_figures_of_the_inline_run(whole: Path, ou
     }
 
 
+def kill_actor(process: "subprocess.Popen[str]", title: str) -> None:
+    """SIGKILL to the first of the job's processes whose title holds these words, once there is one."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if title in " ".join(child.cmdline()):
+                    child.kill()
+                    return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"no process {title} appeared:\n{process.communicate()[0]}")
+
+
+def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not there() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.ray
+def test_evaluator_tracker_and_rank_may_be_killed_under_ray_and_no_figure_is_lost_or_doubled(
+    whole: Path, output_dir: Path
+) -> None:
+    process = job(*settings(output_dir, "deaths", "placement.session=ray", "placement.cpus_per_worker=1"))
+    folder = output_dir / "deaths"
+    snapshots = Snapshots(str(folder / "snapshots"), keep=1)
+    wait_for(process, lambda: 0 in snapshots.steps())
+    kill_actor(process, "ray::_EvaluatorActor")
+    wait_for(process, lambda: 2 in snapshots.steps())
+    kill_actor(process, "ray::_TrackerActor")
+    wait_for(process, lambda: 4 in snapshots.steps())
+    kill_actor(process, "RayTrainWorker")
+    output = finish(process, timeout_s=400)
+    assert "resumed from" in output
+    expected, found = points(whole), points(folder)
+    optional = {key for key in expected if key[0].startswith("eval/") and key[1] == 4} | {
+        key for key in expected | found if key[0] == "eval/skipped"
+    }
+    assert {k: v for k, v in found.items() if k not in optional} == {
+        k: v for k, v in expected.items() if k not in optional
+    }
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+    runs = client.search_runs(["1"], filter_string="attributes.run_name = 'deaths'")
+    assert len(runs) == 1
+    steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss/dm")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.ray
+def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_sums_only(
+    whole: Path, output_dir: Path
+) -> None:
+    overrides = settings(
+        output_dir, "two_workers", "placement.session=ray", "placement.workers=2", "evaluator.enabled=false"
+    )
+    finish(job(*overrides), timeout_s=400)
+    one, two = points(whole), points(output_dir / "two_workers")
+    # only the first update's losses come before Adam has divided by tiny gradients
+    for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax", "sample/std"):
+        assert two[name, 1] == pytest.approx(one[name, 1], rel=1e-4), name
+    assert two["loss/dm", 6] == pytest.approx(one["loss/dm", 6], rel=0.1)
+    manifest = Snapshots(str(output_dir / "two_workers" / "snapshots"), keep=1).latest()
+    assert manifest is not None
+    assert manifest.manifest["world_size"] == 2
+
+
+@pytest.mark.ray
+def test_sigterm_under_ray_writes_a_snapshot_first(output_dir: Path) -> None:
+    never = ["checkpoint.every=1000", "evaluator.enabled=false", "train.generator_updates=1000"]
+    process = job(*settings(output_dir, "stopped_ray", "placement.session=ray", *never))
+    journal = output_dir / "stopped_ray" / "metrics.jsonl"
+    wait_for(process, lambda: journal.exists() and '"loss/dm"' in journal.read_text())
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "the same command goes on from its snapshot" in output
+    assert Snapshots(str(output_dir / "stopped_ray" / "snapshots"), keep=1).steps()[-1] > 0
+
+
 def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: Path) -> None:
     picture = sample(
         str(whole), prompts=["a red circle", "a blue square"], out=str(tmp_path / "s.png"), num_images=2
@@ -256,13 +342,24 @@ def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(
 ) -> None:
     import resource
 
+    # a run that has two snapshots already
+    quiet = ["tracking.uri=none", "evaluator.enabled=false"]
+    run(recipe(*settings(output_dir, "full", *quiet, "train.generator_updates=2")))
+    snapshots = Snapshots(str(output_dir / "full" / "snapshots"), keep=1)
+    before = snapshots.steps()
+    assert before == [0, 2]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, hard))
     try:
         with pytest.raises(CheckpointError, match=r"output_dir|checkpoint\.keep"):
-            run(recipe(*settings(output_dir, "full", "tracking.uri=none", "evaluator.enabled=false")))
+            run(recipe(*settings(output_dir, "full", *quiet)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)
-    assert Snapshots(str(output_dir / "full" / "snapshots"), keep=1).latest() is None
+    assert snapshots.steps() == before
+    newest = snapshots.latest()
+    assert newest is not None
+    assert newest.part("generator")[0]  # its hashes are checked when it is read
+    run(recipe(*settings(output_dir, "full", *quiet)))  # with room again, it goes on
+    assert snapshots.steps()[-1] == 6
