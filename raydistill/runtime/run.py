@@ -21,7 +21,7 @@ from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, TrainingError
 from raydistill.runtime.prepare import prepare_data
-from raydistill.runtime.session import STOP_FILE, request_stop
+from raydistill.runtime.session import STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
 
@@ -141,6 +141,9 @@ def _run_on_ray(config: RunConfig) -> None:
         run_id = actors.get(tracker.run_id.remote())
         opened = True
         tracker.params.remote(flatten(config))
+        if evaluator is not None:
+            # while the workers start; the answer stays in its cache for when the queue asks, with any failure
+            evaluator.evaluate.remote(TEACHER_STEP)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
