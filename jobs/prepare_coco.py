@@ -95,8 +95,8 @@ def main() -> int:
             max_rejected_share=args.max_rejected_share,
         )
     except RayDistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"raydistill: error: {error}", file=sys.stderr)
+        return 2
     size = sum(shard.bytes for shard in index.shards)
     left_out = ", ".join(f"{count} {reason}" for reason, count in index.rejected.items())
     print(

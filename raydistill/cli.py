@@ -5,6 +5,7 @@ Nothing heavy is imported before a command is known, so `raydistill --help` answ
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -53,7 +54,10 @@ def job_main(
         presets: other runs of the same job, chosen by `--preset NAME`.
         argv: the command line without the program's name; the process's own if None.
     """
-    parser = argparse.ArgumentParser(description=recipe.__doc__, formatter_class=_HELP)
+    examples = sys.modules[recipe.__module__].__doc__
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(recipe.__doc__ or ""), epilog=examples, formatter_class=_HELP
+    )
     _add_run_arguments(parser, presets or {})
     arguments = _parse(parser, argv)
     sys.exit(_guarded(lambda: _run(recipe, presets or {}, arguments)))

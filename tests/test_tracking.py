@@ -102,7 +102,7 @@ def test_figures_params_tags_and_artifacts_reach_mlflow(make: Make, database: st
 
 
 def test_progress_shows_the_newest_values_though_older_ones_come_late(make: Make) -> None:
-    tracker = make(uri="none")
+    tracker = make(uri="off")
     tracker.metrics({"loss/dm": 2.0, "eval/toyfid_2k": 9.0}, step=20)
     tracker.metrics({"eval/toyfid_2k": 11.0, "eval/seconds": 3.0}, step=10)
     progress = tracker.progress()
@@ -189,9 +189,9 @@ def test_a_new_run_in_an_old_folder_gets_a_journal_of_its_own(make: Make, databa
 
 def test_two_trackers_can_not_share_a_run_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raydistill.tracking.journal._LOCK_WAIT_S", 0.2)
-    make(uri="none")
+    make(uri="off")
     with pytest.raises(TrackingError, match="another run with the same output_dir"):
-        make(uri="none")
+        make(uri="off")
 
 
 def test_the_default_is_a_sqlite_file_beside_the_run_folder(
@@ -254,7 +254,7 @@ def test_a_uri_without_a_store_is_refused_with_the_sqlite_alternative(tmp_path: 
 @pytest.mark.parametrize("name", ["journal_max_mb", "request_timeout_s", "retry_max_s"])
 def test_settings_that_can_not_work_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"tracking\.{name} is 0"):
-        Tracker(TrackingConfig(uri="none", **{name: 0}), str(tmp_path), "x")
+        Tracker(TrackingConfig(uri="off", **{name: 0}), str(tmp_path), "x")
 
 
 def test_a_server_that_is_down_at_the_start_is_an_error_at_once_and_names_no_password(tmp_path: Path) -> None:
@@ -319,11 +319,11 @@ def test_an_entry_that_mlflow_refuses_holds_up_no_figures(make: Make, database: 
 @pytest.mark.parametrize("name", [("../x", ""), ("x", "../y"), ("x", "/etc"), ("", "a"), ("a/b", "")])
 def test_an_artifact_can_not_leave_the_run_folder(make: Make, name: tuple[str, str]) -> None:
     with pytest.raises(TrackingError, match="not a path inside"):
-        make(uri="none").artifact_bytes(b"", *name)
+        make(uri="off").artifact_bytes(b"", *name)
 
 
 def test_a_missing_artifact_and_a_wrong_status_are_refused(make: Make) -> None:
-    tracker = make(uri="none")
+    tracker = make(uri="off")
     with pytest.raises(TrackingError, match="is not a file"):
         tracker.artifact("/no/such/file")
     with pytest.raises(ValueError, match="FINISHED, FAILED, KILLED"):

@@ -223,8 +223,8 @@ class _Writer:
         if count > self.max_rejected_share * len(self.images):
             raise DataError(
                 f"image id {image.id} ({image.path}) can't be used: {reason.replace('_', ' ')}; "
-                f"{count} of {len(self.images)} images so far, --max-rejected-share allows "
-                f"{self.max_rejected_share:g}"
+                f"{count} of {len(self.images)} images so far, --max-rejected-share (or prepare.max_rejected_share) "
+                f"allows {self.max_rejected_share:g}"
             )
 
     def _write_shard(self, name: str, images: Sequence[CocoImage], bar: tqdm) -> _Shard:

@@ -52,7 +52,7 @@ class SceneNet(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise DataError(
                 f"SceneNet takes uint8 images [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], got {images.dtype} "
-                f"{list(images.shape)}; for other data choose another eval.metric than toyfid"
+                f"{list(images.shape)}; toyfid is for the embedded scenes alone (evaluator.enabled=false)"
             )
         return self.maps_of_floats(images.to(self.feature_scale.dtype) / 127.5 - 1.0)
 

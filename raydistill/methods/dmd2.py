@@ -128,7 +128,10 @@ class DMD2(Method):
             assert real is not None
             index = draws.integers("rollout/step", 0, len(times))
             t = torch.tensor(times, dtype=torch.float32, device=index.device)[index]
-            return self.schedule.add_noise(real.x0, t, draws.normal("rollout/noise", shape)), t
+            noise = draws.normal("rollout/noise", shape)
+            # the first step sees at inference what is pure noise, not a noised sample
+            first = (index == 0).reshape(-1, *[1] * len(shape))
+            return torch.where(first, self.pure_noise(noise), self.schedule.add_noise(real.x0, t, noise)), t
         last = draws.shared_integer("rollout/step", 0, len(times))
         x_in = self.pure_noise(draws.normal("rollout/noise", shape))
         with torch.no_grad():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from raydistill.diffusion.parametrization import Prediction, to_x0
@@ -223,21 +224,21 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
         scheduler_config = scheduler_config | {"prediction_type": prediction}
     schedule, predicted = _schedule(path, scheduler_config)
 
-    unet = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=torch.float32, use_safetensors=True
-    )
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    safely = {"use_safetensors": True}
+    with _loading(path, "unet"):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **safely)
+    with _loading(path, "vae"):
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **safely)
     encoders: list[nn.Module] = []
     tokenizers = []
     for number in ("", "_2"):
-        if (folder / f"text_encoder{number}").is_dir():
-            encoder_class = getattr(transformers, index[f"text_encoder{number}"][1])
-            encoders.append(
-                encoder_class.from_pretrained(
-                    folder / f"text_encoder{number}", dtype=torch.float32, use_safetensors=True
-                )
-            )
-            tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
+        part = f"text_encoder{number}"
+        if (folder / part).is_dir():
+            with _loading(path, part):
+                encoder_class = getattr(transformers, index[part][1])
+                encoders.append(encoder_class.from_pretrained(folder / part, dtype=torch.float32, **safely))
+            with _loading(path, f"tokenizer{number}"):
+                tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     return TextToImage(
@@ -267,6 +268,16 @@ def local_folder(path: str, revision: str | None) -> Path:
         raise ConfigError(
             f"teacher.path={path!r} is not a local folder and the hub could not serve it: {type(error).__name__}"
         ) from error
+
+
+@contextmanager
+def _loading(path: str, part: str) -> Iterator[None]:
+    """A part that can't be loaded as an error that names the setting."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"teacher.path={path!r}: {part}/ can't be loaded: {reason}") from error
 
 
 def _schedule(path: str, config: dict[str, Any]) -> tuple[NoiseSchedule, Prediction]:
@@ -382,4 +393,9 @@ def random_pixel_pipeline(
 def copy_denoiser(denoiser: UNetDenoiser, dtype: str) -> UNetDenoiser:
     """A trainable copy with fp32 weights of its own that computes in `dtype`."""
     unet = copy.deepcopy(denoiser.unet).float()
+    for module in unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = (
+                0.0  # it would draw from torch's global generator, and the teacher has none at inference
+            )
     return UNetDenoiser(unet, denoiser.schedule, denoiser.prediction, dtype).requires_grad_(True)

@@ -119,7 +119,7 @@ class Evaluator:
         self._draws = Draws(config.seed)
         self._net: SceneNet = load_scene_net().to(device)
 
-        images = read_coco(config.coco, config.split)
+        images = [image for image in read_coco(config.coco, config.split) if image.captions]
         if len(images) < config.num_samples:
             raise ConfigError(
                 f"evaluator.num_samples={config.num_samples}, but {config.coco} ({config.split}) has only "

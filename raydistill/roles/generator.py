@@ -23,7 +23,8 @@ class GeneratorConfig(OptimizerConfig):
     """Optimiser and EMA of the generator."""
 
     ema_halflife_images: float = 0.0
-    """Half-life of the weights' EMA in generated images; 0 keeps none (DMD2's official code has none)."""
+    """Half-life of the weights' EMA in images, train.batch_size for each generator update; 0 keeps none (DMD2's
+    official code has none)."""
 
 
 class GeneratorTrainer:

@@ -37,10 +37,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"lr and clip_norm must be positive, {name} is {getattr(self, name)}")
+                raise ConfigError(
+                    f"generator.{name} and critic.{name} must be positive, got {getattr(self, name)}"
+                )
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+                raise ConfigError(
+                    f"generator.{name} and critic.{name} must not be negative, got {getattr(self, name)}"
+                )
 
 
 class RoleOptimizer:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
+from raydistill.errors import ConfigError
 from raydistill.eval.protocol import count_label
 from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, Session
-from raydistill.runtime.settings import RunConfig, without_secret_settings
+from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig, without_secret_settings
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from raydistill.runtime.loop import Trainer
@@ -105,15 +109,25 @@ class Keeper:
         if is_snapshot_step(self.config, step):
             self._save()
 
-    def end(self, complete: bool) -> None:
-        """Write the last snapshot if it is not there, and drain the evaluator if the run is complete."""
+    def save_now(self) -> None:
+        """A snapshot out of turn, unless this step has one already."""
+        step = self.trainer.progress.generator_updates
+        if step != self._committing and step not in self.snapshots.steps():
+            log.warning("a node goes away: writing a snapshot at update %d", step)
+            self._save()
+
+    def end(self) -> None:
+        """Write the last snapshot if it is not there."""
         step = self.trainer.progress.generator_updates
         self._committed(self.writer.wait())
         if step not in self.snapshots.steps():
             self._save()
             self._committed(self.writer.wait())
-        if self.queue and complete:
-            self.queue.drain(step)
+
+    def drain(self) -> None:
+        """Wait for the evaluations that were asked for."""
+        if self.queue:
+            self.queue.drain(self.trainer.progress.generator_updates)
 
     def _save(self) -> None:
         step = self.trainer.progress.generator_updates
@@ -154,6 +168,19 @@ def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
         "tracking_run_id": session.run_id,
         "world_size": session.world.size,
     }
+
+
+def require_same_settings(config: RunConfig, step: int, manifest: dict[str, Any]) -> None:
+    """Raise ConfigError if the snapshot of `step` was made with settings that change the numbers."""
+    now, then = flatten(config), manifest["settings"]
+    changed = [name for name in now if now[name] != then.get(name) and not name.startswith(RESUMABLE_CHANGES)]
+    if changed:
+        listed = ", ".join(f"{name}: {then.get(name)} then, {now[name]} now" for name in changed[:5])
+        raise ConfigError(
+            f"run {config.name!r} has a snapshot at update {step} made with other settings "
+            f"({listed}); "
+            "choose another name, or resume=false to start anew"
+        )
 
 
 def is_evaluated_step(config: RunConfig, step: int) -> bool:

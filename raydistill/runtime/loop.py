@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from raydistill.checkpoint import Snapshots
-from raydistill.config import flatten
 from raydistill.data.reader import Batch, ShardReader
 from raydistill.data.shards import ShardSet
 from raydistill.diffusion.random import Draws
-from raydistill.errors import CheckpointError, ConfigError, TrainingError
+from raydistill.errors import CheckpointError, TrainingError
 from raydistill.methods.method import Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, frozen_weights
 from raydistill.models.diffusers_hub import TextToImage
@@ -36,9 +35,9 @@ from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.preflight import preflight
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.runtime import build
-from raydistill.runtime.keeper import Keeper, is_snapshot_step, manifest_of
+from raydistill.runtime.keeper import Keeper, is_snapshot_step, manifest_of, require_same_settings
 from raydistill.runtime.session import Session
-from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig
+from raydistill.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +115,8 @@ class Trainer:
             self.readers["real"] = self._open("real", ("latent", "text"), size, micro)
         self._from_real = self.method.starts_from_real
         self.progress = Progress()
+        self.kept: list[_Sampled] = []
+        """The generator update's own samples, which the first critic update of the window sees."""
         self._data_s = 0.0
 
     def preflight(self) -> dict[str, float]:
@@ -136,9 +137,9 @@ class Trainer:
         gan_stage = self.method.gan_on(update) and self.method.needs.gan_head
         # frozen until the backward pass is over: checkpointed activations are recomputed in it
         with frozen_weights(self.critic.critic):
-            values, kept = self._generator_update(update, gan_stage)
+            values, self.kept = self._generator_update(update, gan_stage)
         for k in range(r):
-            values |= self._critic_update(update, k, kept if k == 0 else None, gan_stage)
+            values |= self._critic_update(update, k, self.kept if k == 0 else None, gan_stage)
         seconds = time.perf_counter() - started
         done = self.progress
         done.generator_updates += 1
@@ -157,7 +158,7 @@ class Trainer:
 
     def _generator_update(self, update: int, gan_stage: bool) -> tuple[dict[str, float], list[_Sampled]]:
         kept = []
-        reals = self._real_batches(update * self.method.critic_updates_per_generator, rollout_only=True)
+        reals = self._real_batches(update * self.method.critic_updates_per_generator, wanted=self._from_real)
         for batch in self._timed(self.readers["prompt/generator"].batch(update)):
             real = next(reals)
             cond = real.cond if real is not None else self._cond(batch)
@@ -180,7 +181,7 @@ class Trainer:
     ) -> dict[str, float]:
         """The k-th of R; kept: samples that are there already, without them fresh ones are made."""
         step = update * self.method.critic_updates_per_generator + k
-        reals = self._real_batches(step)
+        reals = self._real_batches(step, wanted=gan_stage or self._from_real)
         for sampled in kept if kept is not None else self._fresh(update, k):
             draws = PhaseDraws(self.draws, "critic", step, sampled.positions, self.session.device)
             x, cond, real = sampled.x, sampled.cond, next(reals)
@@ -208,8 +209,7 @@ class Trainer:
         """Positions inside the global batch: draws are keyed by them and by the step."""
         return batch.positions - number * self.config.train.batch_size
 
-    def _real_batches(self, step: int, *, rollout_only: bool = False) -> Iterator[RealBatch | None]:
-        wanted = "real" in self.readers and (self._from_real or not rollout_only)
+    def _real_batches(self, step: int, *, wanted: bool) -> Iterator[RealBatch | None]:
         if not wanted:
             while True:
                 yield None
@@ -295,13 +295,20 @@ def train(config: RunConfig, session: Session) -> Progress:
         try:
             values = trainer.window()
         except TrainingError as error:
-            raise TrainingError(f"{error}; {write_replay(trainer, config, error)}") from error
+            where = write_replay(trainer, config, error)
+            session.world.barrier()  # all ranks fail together, and the first one to end takes the others with it
+            raise TrainingError(f"{error}; {where}") from error
         if keeper:
             keeper.after_update(values)
+        if session.should_save() and keeper:
+            keeper.save_now()
         if is_snapshot_step(config, trainer.progress.generator_updates):
             session.milestone({"generator_updates": float(trainer.progress.generator_updates)})
     if keeper:
-        keeper.end(complete=trainer.progress.generator_updates >= total)
+        keeper.end()
+    session.world.barrier()  # no rank ends before the last snapshot is committed
+    if keeper and trainer.progress.generator_updates >= total:
+        keeper.drain()
     return trainer.progress
 
 
@@ -325,15 +332,7 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
             f"{snapshot.path} was trained on other shards than data.shards={trainer.config.data.shards!r} holds now; "
             "choose another name, or resume=false to start anew"
         )
-    now, then = flatten(trainer.config), manifest["settings"]
-    changed = [name for name in now if now[name] != then.get(name) and not name.startswith(RESUMABLE_CHANGES)]
-    if changed:
-        listed = ", ".join(f"{name}: {then.get(name)} then, {now[name]} now" for name in changed[:5])
-        raise ConfigError(
-            f"run {trainer.config.name!r} has a snapshot at update {snapshot.step} made with other settings "
-            f"({listed}); "
-            "choose another name, or resume=false to start anew"
-        )
+    require_same_settings(trainer.config, snapshot.step, manifest)
     trainer.generator.load(*snapshot.part("generator"))
     trainer.critic.load(*snapshot.part("critic"))
     trainer.progress = Progress(**manifest["progress"])
@@ -342,14 +341,16 @@ def resume(trainer: Trainer, snapshots: Snapshots) -> None:
 
 def write_replay(trainer: Trainer, config: RunConfig, error: TrainingError) -> str:
     """Save the weights as they are before the failed step; batch and draws follow from the counters."""
-    if trainer.session.world.rank:
-        return "rank 0 has written what is needed to replay the step"
     replay = Snapshots(f"{config.run_dir}/replay", keep=1)
     step = trainer.progress.generator_updates
-    if step not in replay.steps():
+    if trainer.session.world.rank == 0 and step not in replay.steps():
         replay.discard_unfinished()
         for role, owner in (("generator", trainer.generator), ("critic", trainer.critic)):
             replay.write_part(step, role, *owner.save())
+        # made before the generator moved: a critic step that failed on them can't make them again
+        if trainer.generator.optimizer.steps > step:
+            samples = {f"x/{n}": s.x.contiguous() for n, s in enumerate(trainer.kept) if s.x is not None}
+            replay.write_part(step, "samples", samples, {})
         # the failed step is one of the window's: these say which, and all its draws follow from them
         steps = {"generator": trainer.generator.optimizer.steps, "critic": trainer.critic.optimizer.steps}
         replay.commit(

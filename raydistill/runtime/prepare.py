@@ -35,7 +35,7 @@ class PipelineEncoder:
 
 def builtin_paths(config: RunConfig) -> RunConfig:
     """`builtin:scenes` replaced by folders under output_dir/data."""
-    data = Path(config.output_dir) / "data" / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}"
+    data = _scenes_folder(config)
     changes: dict[str, Any] = {}
     if config.prepare.coco == _SCENES:
         changes["prepare"] = replace(config.prepare, coco=str(data / "coco"))
@@ -46,15 +46,14 @@ def builtin_paths(config: RunConfig) -> RunConfig:
     return replace(config, **changes)
 
 
+def _scenes_folder(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "data" / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}"
+
+
 def prepare_data(config: RunConfig) -> None:
     """Draw the scenes and write the shards if they are not there; shows its progress. Raises DataError."""
-    scenes = (
-        Path(config.output_dir)
-        / "data"
-        / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}"
-        / "coco"
-    )
-    if str(scenes) in (config.prepare.coco, config.evaluator.coco):
+    scenes = _scenes_folder(config) / "coco"
+    if str(scenes) in [config.prepare.coco] + [config.evaluator.coco] * config.evaluator.enabled:
         write_scenes(scenes, num_train=config.prepare.num_train, num_val=config.prepare.num_val)
     if config.prepare.coco is None:
         return
@@ -71,5 +70,6 @@ def prepare_data(config: RunConfig) -> None:
         samples_per_shard=config.prepare.samples_per_shard,
         encoder=PipelineEncoder(pipeline),
         image_size=pipeline.image_size,
+        max_rejected_share=config.prepare.max_rejected_share,
         progress=True,
     )

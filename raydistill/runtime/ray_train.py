@@ -45,14 +45,19 @@ class TrainSession:
         self.run_id = run_id
         self._run_dir = config.run_dir
         self._asked = 0
+        self._warned = False
 
     def should_stop(self) -> bool:
+        return self.world.any(stop_requested(self._run_dir))
+
+    def should_save(self) -> bool:
         self._asked += 1
-        stop = stop_requested(self._run_dir)
         # every rank must take part in this call, hence a fixed rhythm; it costs about 8 ms
-        if self._asked % _PREEMPTION_EVERY == 0 and ray.train.get_preemption_info() is not None:
-            stop = True
-        return self.world.any(stop)
+        if self._warned or self._asked % _PREEMPTION_EVERY or ray.train.get_preemption_info() is None:
+            return False
+        # training goes on: when the node is gone Ray restarts the group, and counts that as no failure of ours
+        self._warned = True
+        return True
 
     def milestone(self, metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
@@ -71,17 +76,20 @@ def train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["cpus"])
     session = TrainSession(config, settings["tracker"], settings["evaluator"], settings["run_id"])
     try:
-        progress = loop.train(config, session)
+        loop.train(config, session)
     except RayDistillError as error:
         # Ray hands a service's error on as a class of its own that derives from the original one
         kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
         cause = getattr(error, "cause", error)
-        failure.write_text(json.dumps({"kind": kind, "message": str(cause)}))
+        partial = failure.with_suffix(f".{session.world.rank}.partial")
+        try:
+            partial.write_text(json.dumps({"kind": kind, "message": str(cause)}))
+            partial.replace(failure)
+        except OSError:  # a full disk: what Ray says of the error has to do
+            raise error from None
         if session.world.size > 1:
             raise  # the other ranks may wait for this one; the restarted group finds the file and ends
         return
-    if progress.generator_updates < config.train.generator_updates and not stop_requested(config.run_dir):
-        raise RuntimeError("this node goes away; Ray Train restarts the group from the snapshot just written")
 
 
 def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
@@ -91,7 +99,6 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
     `placement.max_failures` restarts.
     """
     cpus = actors.worker_cpus(config)
-    _require_room(config, cpus)
     failure = Path(config.run_dir) / _FAILURE_FILE
     failure.unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # its 2 s would throttle reports
@@ -122,6 +129,9 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         if not failure.exists():
+            told = _foreseen(error)
+            if told is not None:
+                raise told from error
             raise TrainingError(
                 f"training failed {config.placement.max_failures + 1} times (placement.max_failures="
                 f"{config.placement.max_failures}); the last reason: {str(error).strip().splitlines()[-1]}"
@@ -131,15 +141,49 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
         raise getattr(errors, told["kind"])(told["message"])
 
 
-def _require_room(config: RunConfig, cpus: int) -> None:
-    total = ray.cluster_resources()
+def _foreseen(error: BaseException) -> RayDistillError | None:
+    """The RayDistillError inside a failure of Ray Train, if there is one."""
+    for failure in (*getattr(error, "worker_failures", {}).values(), error.__cause__):
+        # Ray hands errors on in wrappers of its own
+        for each in (failure, getattr(failure, "_base_exc", None), getattr(failure, "cause", None)):
+            if isinstance(each, RayDistillError):
+                return each
+    return None
+
+
+def require_room(config: RunConfig) -> None:
+    """Check that workers and evaluator fit on the cluster together, before any of them is started.
+
+    Raises PlacementError: Ray itself would wait for ever.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers, evaluator = config.placement.workers, config.placement.evaluator_gpus
+    free_gpus = [node.get("GPU", 0.0) for node in nodes]
+    if not config.evaluator.enabled:
+        evaluator = 0.0
+    if evaluator and evaluator > max(free_gpus, default=0.0):
+        raise PlacementError(
+            f"placement.evaluator_gpus={evaluator:g}, but no node has more than {max(free_gpus, default=0.0):g} GPUs"
+        )
     for kind, each, setting in (
-        ("CPU", cpus, "placement.cpus_per_worker"),
-        ("GPU", config.placement.gpus_per_worker, "placement.gpus_per_worker"),
+        ("CPU", float(actors.worker_cpus(config)), "placement.cpus_per_worker"),
+        ("GPU", float(config.placement.gpus_per_worker), "placement.gpus_per_worker"),
     ):
-        needed, there = each * config.placement.workers, total.get(kind, 0.0)
-        if needed > there:
+        if not each:
+            continue
+        there = [node.get(kind, 0.0) for node in nodes]
+        beside = evaluator if kind == "GPU" else 0.0
+        # the evaluator takes its share of whichever node it lands on: one slot less there, at worst
+        room = sum(int(amount // each) for amount in there)
+        if beside:
+            room = max(
+                room - int(there[n] // each) + int((there[n] - beside) // each)
+                for n in range(len(there))
+                if there[n] >= beside
+            )
+        if room < workers:
+            also = f" beside placement.evaluator_gpus={beside:g}" if beside else ""
             raise PlacementError(
-                f"placement.workers={config.placement.workers} x {setting}={each} needs {needed} {kind}s, "
-                f"the cluster has {there:g}: lower one of them or add nodes"
+                f"placement.workers={workers} x {setting}={each:g}{also} does not fit: the nodes have "
+                f"{', '.join(f'{amount:g}' for amount in there)} {kind}s; lower one of them or add nodes"
             )

@@ -13,19 +13,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError, TrainingError
+from raydistill.errors import ConfigError, PlacementError, TrainingError
+from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.prepare import prepare_data
 from raydistill.runtime.session import STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
+from raydistill.tracking import journal_is_held
 
 log = logging.getLogger(__name__)
+
+Path_ = TypeVar("Path_", str, str | None)
 
 _POLL_S = 2.0
 _PLAIN_LINE_S = 10.0
@@ -70,7 +74,29 @@ def resolve(config: RunConfig) -> RunConfig:
     base = Path.cwd()
     if _UPLOADED in base.parts:  # Ray deletes the copy that it runs an uploaded job in
         base = Path.home() / "raydistill"
-    return builtin_paths(replace(config, output_dir=str(base / config.output_dir)))
+    config = replace(
+        config,
+        output_dir=str(base / config.output_dir),
+        teacher=replace(config.teacher, path=_absolute(config.teacher.path, only_if_there=True)),
+        data=replace(
+            config.data, shards=_absolute(config.data.shards), cache_dir=_absolute(config.data.cache_dir)
+        ),
+        prepare=replace(config.prepare, coco=_absolute(config.prepare.coco)),
+        evaluator=replace(config.evaluator, coco=_absolute(config.evaluator.coco)),
+    )
+    return builtin_paths(config)
+
+
+def _absolute(path: Path_, *, only_if_there: bool = False) -> Path_:
+    """A local path from here on; URLs, built-in names and (only_if_there) hub ids stay what they are."""
+    if (
+        not path
+        or "://" in path
+        or path.startswith("builtin:")
+        or (only_if_there and not Path(path).exists())
+    ):
+        return path
+    return str(Path.cwd() / path)
 
 
 def _run_inline(config: RunConfig) -> None:
@@ -96,6 +122,9 @@ def _run_inline(config: RunConfig) -> None:
 
         def should_stop(self) -> bool:
             return stop_requested(config.run_dir)
+
+        def should_save(self) -> bool:
+            return False
 
         def milestone(self, metrics: dict[str, float]) -> None:
             pass
@@ -130,6 +159,12 @@ def _run_on_ray(config: RunConfig) -> None:
             object_store_memory=256 * 2**20,
             dashboard_host="127.0.0.1",
         )
+    try:
+        ray_train.require_room(config)
+    except PlacementError:
+        if mine:
+            ray.shutdown()
+        raise
     tree = to_dict(config)
     tracker = actors.start_tracker(tree)
     evaluator = (
@@ -175,11 +210,20 @@ def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) 
 
 def _prepare_folder(config: RunConfig) -> None:
     folder = Path(config.run_dir)
+    if journal_is_held(config.run_dir):
+        raise ConfigError(
+            f"a run of name={config.name!r} is going on in {folder}: choose another name, or wait for it"
+        )
     if folder.exists() and not config.resume:
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         log.warning("resume=false: the earlier run was set aside as %s", aside)
     folder.mkdir(parents=True, exist_ok=True)
+    # before the tracker opens the run: a refusal must leave a finished run's record alone
+    snapshots = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep)
+    newest = snapshots.latest()
+    if newest is not None:
+        require_same_settings(config, newest.step, newest.manifest)
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 

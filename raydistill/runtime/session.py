@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from raydistill.errors import EvaluatorError
+from raydistill.errors import EvaluatorError, TrackingError
 from raydistill.roles.evaluator import Evaluation
 from raydistill.roles.world import World
 
 log = logging.getLogger(__name__)
+
+_TELL_S = 60.0
 
 
 class TrackerLike(Protocol):
@@ -59,7 +62,10 @@ class Session(Protocol):
     run_id: str
 
     def should_stop(self) -> bool:
-        """Whether the run was asked to stop, by SIGTERM or because this node goes away; the same on all ranks."""
+        """Whether the run was asked to stop (SIGTERM to the driver); the same on all ranks."""
+
+    def should_save(self) -> bool:
+        """Whether a node is about to go away and a snapshot should be written now; true once; called by all ranks."""
 
     def milestone(self, metrics: dict[str, float]) -> None:
         """Tell whoever coordinates the run that a snapshot was committed; called by all ranks together."""
@@ -152,9 +158,13 @@ class EvaluationQueue:
 
     def drain(self, now: int) -> None:
         """Wait for everything that was asked for."""
+        told = time.monotonic()
         while self._running is not None or self._waiting:
             self._start_next()
             self.poll(now, timeout_s=5.0)
+            if time.monotonic() - told > _TELL_S:
+                told = time.monotonic()
+                log.warning("waiting for the evaluation of step(s) %s", sorted(self.pending_steps()))
 
     def best_step(self, metric: str) -> int | None:
         """The step with the lowest value of a metric among those evaluated."""
@@ -175,5 +185,10 @@ class EvaluationQueue:
     def _record(self, step: int, entry: dict[str, Any]) -> None:
         self.ledger[str(step)] = entry
         partial = self._ledger_file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.ledger, indent=1))
-        partial.replace(self._ledger_file)
+        try:
+            partial.write_text(json.dumps(self.ledger, indent=1))
+            partial.replace(self._ledger_file)
+        except OSError as error:
+            raise TrackingError(
+                f"can't write {self._ledger_file} (output_dir): {error.strerror or error}"
+            ) from error

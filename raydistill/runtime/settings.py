@@ -49,6 +49,8 @@ class PrepareConfig:
     """Its split."""
     samples_per_shard: int = 1000
     """Samples in a shard."""
+    max_rejected_share: float = 0.0
+    """Share of images that may be left out: without caption, or unreadable."""
     num_train: int = 8000
     """Training images to draw for builtin:scenes."""
     num_val: int = 2000
@@ -70,7 +72,8 @@ class TrainConfig:
     channels_last: bool = True
     """Memory format of the networks; measured 10 to 20 % faster for the embedded UNet on CPU."""
     compile: bool = False
-    """torch.compile the UNets: pays for long runs (a minute or more of compilation on a CPU)."""
+    """torch.compile the UNets' whole passes (the encoder half that feeds the GAN head stays as it is): pays for long
+    runs, after a minute or more of compilation."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     log_every: int = 1
@@ -153,6 +156,7 @@ class RunConfig:
 
 
 RESUMABLE_CHANGES = (
+    "teacher.path", "teacher.revision",  # the weights themselves are compared
     "resume", "output_dir", "train.generator_updates", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
     "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
@@ -184,6 +188,16 @@ def validate(config: RunConfig) -> None:
             f"train.batch_size={train.batch_size} is not divisible by placement.workers={workers} x "
             f"train.micro_batch_size={config.micro_batch_size} = {step}"
         )
+    critic_steps = train.generator_updates * config.method.critic_updates_per_generator
+    for role, steps, total in (
+        ("generator", config.generator.decay_steps, train.generator_updates),
+        ("critic", config.critic.decay_steps, critic_steps),
+    ):
+        if 0 < steps < total:
+            raise ConfigError(
+                f"{role}.decay_steps={steps} leaves a learning rate of 0 for the rest of {total} optimiser steps "
+                f"(train.generator_updates={train.generator_updates}): at least {total}, or 0 for a constant rate"
+            )
     if config.evaluator.weights == "ema" and config.generator.ema_halflife_images <= 0:
         raise ConfigError(
             "evaluator.weights=ema needs generator.ema_halflife_images > 0 (it is 0: no EMA is kept)"

@@ -51,9 +51,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     try:
         exported = export_snapshot(config, best, folder / "export")
         summary |= {"exported_step": best.step, "export": str(exported)}
-    except (
-        ConfigError
-    ) as error:  # timesteps that diffusers' schedulers can't visit: the run said so when it began
+    except (ConfigError, OSError) as error:  # told of at the start (timesteps), or a full disk
         summary |= {"exported_step": None, "export": None, "export_error": str(error)}
     path = folder / "summary.json"
     partial = path.with_suffix(".partial")

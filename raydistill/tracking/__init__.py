@@ -7,9 +7,17 @@ The journal is the queue: what is in it and not yet in MLflow is sent when the s
 restart. This package is the only place that imports mlflow, and it does so when the first Tracker is made.
 """
 
-from raydistill.tracking.journal import previous_run_id
+from raydistill.tracking.journal import journal_is_held, previous_run_id
 from raydistill.tracking.mlflow_run import without_secrets
 from raydistill.tracking.names import METRICS, check_metric_names
 from raydistill.tracking.tracker import Tracker, TrackingConfig
 
-__all__ = ["METRICS", "Tracker", "TrackingConfig", "check_metric_names", "previous_run_id", "without_secrets"]
+__all__ = [
+    "METRICS",
+    "Tracker",
+    "TrackingConfig",
+    "check_metric_names",
+    "journal_is_held",
+    "previous_run_id",
+    "without_secrets",
+]

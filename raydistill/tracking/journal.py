@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 _SENT = "metrics.sent"
+_LOCK = "metrics.lock"
 _LOCK_WAIT_S = 5.0
 
 
@@ -69,7 +70,7 @@ class Journal:
         self._seen = StepSet()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._guard = _lock_file(self.path.with_name("metrics.lock"))
+            self._guard = _lock_file(self.path.with_name(_LOCK))
             self._open()
         except OSError as error:
             raise TrackingError(f"can't open the journal {self.path} (output_dir): {error}") from error
@@ -212,6 +213,18 @@ class Journal:
         with self._lock:
             self._file.close()
             os.close(self._guard)
+
+
+def journal_is_held(run_dir: str) -> bool:
+    """Whether another process is writing the journal of this folder, i.e. its run is going on."""
+    path = Path(run_dir, _LOCK)
+    if not path.exists():
+        return False
+    try:
+        os.close(_lock_file(path))
+    except TrackingError:
+        return True
+    return False
 
 
 def _lock_file(path: Path) -> int:

@@ -54,7 +54,7 @@ def resolve_uri(uri: str | None, run_dir: str) -> str:
             "gone). Use "
             "sqlite:////absolute/mlflow.db, http(s)://host:port, "
             f"{', '.join(s + '://...' for s in _SCHEMES[3:])}, "
-            f"'none' for the journal alone, or leave it out for {beside}"
+            f"off for the journal alone, or leave it out for {beside}"
         )
     if scheme == "sqlite":
         return f"sqlite:///{os.path.abspath(uri.split(':///', 1)[-1])}"

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 _BATCH_BYTES = 1 << 18
 _FIRST_RETRY_S = 0.5
 _REFUSALS = 3  # attempts at an entry that MLflow refuses while it takes others
+OFF = "off"
+"""tracking.uri for the journal alone. (The word none is read as the default.)"""
 _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -30,7 +32,7 @@ class TrackingConfig:
     """Where a run's figures go."""
 
     uri: str | None = None
-    """sqlite:////absolute/file.db, http(s)://host:port or 'none'; default: mlflow.db beside the run."""
+    """sqlite:////absolute/file.db, http(s)://host:port or off; default: mlflow.db beside the run."""
     experiment: str = "raydistill"
     """MLflow experiment; made if it does not exist."""
     journal_max_mb: int = 256
@@ -85,7 +87,7 @@ class Tracker:
         self.run_dir = os.path.abspath(run_dir)
         self.uri: str | None = None
         self._run: MlflowRun | None = None
-        if config.uri == "none":
+        if config.uri == OFF:
             self.run_id = run_id or f"local-{uuid.uuid4().hex}"
         else:
             uri = resolve_uri(config.uri, self.run_dir)

@@ -57,5 +57,7 @@ def test_latents_of_another_scale_are_diagnosed(
 
 def test_shifted_latents_are_refused(pipeline: TextToImage, samples: tuple[Tensor, Cond]) -> None:
     latents, cond = samples
-    with pytest.raises(ConfigError, match=r"preflight.*data\.shards"):
+    with pytest.raises(
+        ConfigError, match=r"samples' mean is removed: a shift factor is missing \(data\.shards\)"
+    ):
         preflight(pipeline.denoiser, latents + 4.0, cond, Draws(0), pipeline.denoiser.prediction)

@@ -73,7 +73,6 @@ def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_
         return original(critic, x, cond, real, draws)
 
     trainer.method.critic_losses = spy  # type: ignore[method-assign]
-    before = trainer.generator.denoiser.state_dict()
     untouched = tiny_trainer(tiny_config())
     batch = next(untouched.readers["prompt/generator"].batch(0))
     cond = untouched._cond(batch)
@@ -81,7 +80,6 @@ def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_
     expected = untouched.generator.sample(
         untouched.method, cond, untouched.pipeline.latent_shape, None, draws, grad=False
     )
-    assert before.keys() == untouched.generator.denoiser.state_dict().keys()
     trainer.window()
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
 
@@ -240,17 +238,98 @@ def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
 def test_rollout_from_real_data_runs_at_any_ratio_on_the_real_samples_own_captions(r: int) -> None:
     method = {"timesteps": (999.0, 499.0), "rollout": "real_data", "critic_updates_per_generator": r}
     trainer = tiny_trainer(tiny_config(method=method))
+    seen = []
+    original = trainer.generator.sample
+
+    def spy(method, cond, shape, real, draws, grad):  # type: ignore[no-untyped-def]
+        seen.append((cond.tensors["text"], real.cond.tensors["text"]))
+        return original(method, cond, shape, real, draws, grad)
+
+    trainer.generator.sample = spy  # type: ignore[method-assign]
     assert trainer.window()["loss/dm"] > 0
+    assert len(seen) == r  # one for the generator, the rest for critic updates 2..R
+    assert all(torch.equal(used, its_own) for used, its_own in seen)
+
+
+def test_stage_two_begins_on_time_with_its_own_rate_and_only_then_are_real_samples_read() -> None:
+    trainer = tiny_trainer(
+        tiny_config(
+            method={"gan_start_update": 2},
+            generator={"lr_gan_stage": 5e-4, "warmup_steps": 0},
+            critic={"warmup_steps": 4, "decay_steps": 8},
+        )
+    )
+    asked = []
+    source = trainer.readers["real"]
+    original = source.batch
+    source.batch = lambda number: (asked.append(number), original(number))[1]  # type: ignore[method-assign, func-returns-value]
+    values = [trainer.window() for _ in range(3)]
+    assert ["loss/gan_generator" in v and "loss/gan_critic" in v for v in values] == [False, False, True]
+    assert asked == [4, 5]
+    assert [v["lr/generator"] for v in values] == [1e-3, 1e-3, 5e-4]
+    # the last of each window's two critic steps: warmed up over 4, decaying over 8
+    expected = [1e-3 * min(1, (step + 1) / 4) * (1 - step / 8) for step in (1, 3, 5)]
+    assert [v["lr/critic"] for v in values] == pytest.approx(expected)
+
+
+def test_gradients_beyond_clip_norm_are_scaled_down_and_counted() -> None:
+    trainer = tiny_trainer(tiny_config(generator={"clip_norm": 1e-6}))
+    values = [trainer.window() for _ in range(2)]
+    assert [v["clipped_steps/generator"] for v in values] == [1, 2]
+    assert values[-1]["clipped_steps/critic"] == 0
+    assert values[-1]["grad_norm/generator"] > 1e-6  # as it was before
+
+
+def test_an_update_reads_the_device_once_for_each_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tiny_config(method={"critic_updates_per_generator": 3}))
+    trainer.window()
+    read = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name):  # type: ignore[no-untyped-def]
+            if self.requires_grad or self.numel() > 1 or self.is_floating_point():
+                read.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    trainer.window()
+    assert read.count("tolist") == 4
+    assert [name for name in read if name != "tolist"] == []
+
+
+def test_compiled_networks_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    plain = figures(tiny_trainer(tiny_config()).window())
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def without_code_generation(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        compiled.append(self)
+        return original(self, *args, **kwargs, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code_generation)
+    values = figures(tiny_trainer(tiny_config(train={"compile": True})).window())
+    assert len(compiled) == 3
+    assert values == pytest.approx(plain, rel=1e-4)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
     torch.set_num_threads(1)
-    plain = figures(tiny_trainer(tiny_config()).window())
-    saved = figures(tiny_trainer(tiny_config(train={"activation_checkpointing": True})).window())
-    assert saved == pytest.approx(plain, rel=1e-5)
+    values, passes = [], []
+    for on in (False, True):
+        trainer = tiny_trainer(tiny_config(train={"activation_checkpointing": on}))
+        entered: list[int] = []
+        block = trainer.generator.denoiser.unet.down_blocks[0].resnets[0]
+        block.register_forward_pre_hook(lambda module, inputs, entered=entered: entered.append(1))
+        values.append(figures(trainer.window()))
+        passes.append(len(entered))
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert passes[1] == passes[0] + 1  # the generator's one backward pass computed it again
 
 
 def test_bf16_arithmetic_stays_near_fp32() -> None:
     plain = figures(tiny_trainer(tiny_config()).window())
     half = figures(tiny_trainer(tiny_config(train={"dtype": "bf16"})).window())
     assert half["loss/dm"] == pytest.approx(plain["loss/dm"], rel=0.05)
+    assert half["loss/dm"] != plain["loss/dm"]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import apply_overrides
+from raydistill.data.prepare import prepare_coco
+from raydistill.diffusion.random import Draws
 from raydistill.errors import (
     CheckpointError,
     ConfigError,
@@ -23,8 +26,11 @@ from raydistill.errors import (
     TrackingError,
     TrainingError,
 )
-from raydistill.runtime.commands import evaluate, export, sample
-from raydistill.runtime.run import run
+from raydistill.models.diffusers_hub import diffusers
+from raydistill.runtime.build import build_pipeline
+from raydistill.runtime.commands import evaluate, export, open_run, sample, sample_images
+from raydistill.runtime.run import resolve, run
+from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,15 +93,52 @@ def whole(output_dir: Path) -> Path:
     """The undisturbed run."""
     output = finish(job(*settings(output_dir, "whole")))
     assert output.splitlines()[-1] == f"summary: {output_dir}/whole/summary.json"
+    for words in (
+        "toyfid (32)", "prompt accuracy (32)", "generator, 1 step, start", "teacher, 2 DDIM steps, guidance 2",
+        "6 generator updates", "12 critic updates", "whole: update 6/6",
+    ):  # fmt: skip
+        assert words in output
     return output_dir / "whole"
+
+
+LOGGED = {
+    "generator_updates", "critic_updates", "images", "loss/dm", "loss/gan_generator", "loss/generator_total",
+    "loss/dsm", "loss/gan_critic", "loss/critic_total", "grad_norm/dm", "grad_norm/gan_generator",
+    "grad_norm/generator", "grad_norm/critic", "critic/real_accuracy", "critic/fake_accuracy", "critic/lag",
+    "sample/mean", "sample/std", "sample/absmax", "lr/generator", "lr/critic", "clipped_steps/generator",
+    "clipped_steps/critic",
+}  # fmt: skip
+
+
+def test_every_promised_figure_is_logged_at_every_update_and_the_preflights_before_the_first(
+    whole: Path,
+) -> None:
+    found = points(whole)
+    for step in range(1, 7):
+        assert {name for name, at in found if at == step} >= LOGGED
+    levels = {name for name, at in found if name.startswith("preflight/error_") and at == 0}
+    assert levels == {f"preflight/error_{level}" for level in ("0.1", "0.3", "1", "3", "10")}
+    last = next(
+        entry["values"]
+        for entry in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())
+        if entry.get("step") == 6 and "loss/dm" in entry.get("values", {})
+    )
+    assert last["throughput/images_per_s"] > 0
+    assert last["time/update_s"] > last["time/data_s"] >= 0
+    assert last["data/accepted"] == 8 * (6 + 6 + 12)  # generator's and critic's prompts, real samples
 
 
 def test_summary_holds_the_promised_figures(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["method"] == "dmd2"
     assert (summary["generator_updates"], summary["critic_updates"], summary["images"]) == (6, 12, 96)
-    for name in ("toyfid_start", "toyfid_end", "toyfid_teacher", "prompt_accuracy", "wall_s"):
-        assert summary[name] >= 0
+    found = points(whole)
+    assert summary["toyfid_start"] == found["eval/toyfid_32", 0]
+    assert summary["toyfid_end"] == found["eval/toyfid_32", 6]
+    assert summary["toyfid_teacher"] == found["eval/teacher_toyfid_32", 0]
+    assert summary["prompt_accuracy"] == found["eval/prompt_accuracy_32", 6]
+    assert summary["wall_s"] > 0
+    assert summary["evaluations_failed"] == {}
     assert summary["toyfid_samples"] == summary["prompt_accuracy_samples"] == 32
     assert [step for step, _, _ in summary["curve"]] == [0, 4, 6]
     assert summary["toyfid_teacher"] < summary["toyfid_start"]
@@ -122,16 +165,7 @@ def test_run_killed_in_mid_update_and_started_again_repeats_every_figure_in_one_
     assert "resumed from" in output
     assert points(output_dir / "killed") == points(whole)
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
-    experiment = client.get_experiment_by_name("raydistill")
-    assert experiment is not None
-    runs = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "killed"]
-    assert len(runs) == 1
-    steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss/dm")]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    assert runs[0].info.status == "FINISHED"
+    assert mlflow_steps(output_dir, "killed") == [1, 2, 3, 4, 5, 6]
 
 
 def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, output_dir: Path) -> None:
@@ -165,7 +199,26 @@ def test_run_under_ray_train_gives_the_figures_of_the_inline_run(whole: Path, ou
     overrides = settings(output_dir, "under_ray", "placement.session=ray", "placement.cpus_per_worker=1")
     output = finish(job(*overrides), timeout_s=400)
     assert output.splitlines()[-1] == f"summary: {output_dir}/under_ray/summary.json"
-    expected, found = points(whole), points(output_dir / "under_ray")
+    same_under_ray(points(output_dir / "under_ray"), points(whole))
+
+
+@pytest.mark.ray
+def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
+    whole: Path, output_dir: Path
+) -> None:
+    overrides = settings(output_dir, "kill_ray", "placement.session=ray", "placement.cpus_per_worker=1")
+    process = job(*overrides)
+    folder = output_dir / "kill_ray"
+    wait_for(process, lambda: 2 in Snapshots(str(folder / "snapshots"), keep=1).steps())
+    process.kill()
+    process.communicate()
+    assert not (folder / "summary.json").exists()
+    assert "resumed from" in finish(job(*overrides), timeout_s=400)
+    same_under_ray(points(folder), points(whole))
+    assert mlflow_steps(output_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
+
+
+def same_under_ray(found: dict[tuple[str, int], float], expected: dict[tuple[str, int], float]) -> None:
     # the evaluator takes the newest snapshot only, so a figure in the middle may be passed over
     optional = {key for key in expected if key[0].startswith("eval/") and key[1] == 4} | {
         key for key in expected | found if key[0] == "eval/skipped"
@@ -173,6 +226,33 @@ def test_run_under_ray_train_gives_the_figures_of_the_inline_run(whole: Path, ou
     assert {k: v for k, v in found.items() if k not in optional} == {
         k: v for k, v in expected.items() if k not in optional
     }
+
+
+def mlflow_steps(output_dir: Path, name: str) -> list[int]:
+    """Steps of a loss in the one MLflow run of this name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
+    experiment = client.get_experiment_by_name("raydistill")
+    assert experiment is not None
+    runs = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == name]
+    assert [r.info.status for r in runs] == ["FINISHED"]
+    return [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss/dm")]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 2])
+def test_divergence_under_ray_ends_with_one_line_that_names_the_setting(
+    whole: Path, output_dir: Path, workers: int
+) -> None:
+    bad = settings(
+        output_dir, f"diverges_{workers}", "placement.session=ray", f"placement.workers={workers}",
+        "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false",
+    )  # fmt: skip
+    process = job(*bad)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert re.search(r"raydistill: error: .*non-finite .*\.lr, now", output)
 
 
 def kill_actor(process: "subprocess.Popen[str]", title: str) -> None:
@@ -210,21 +290,8 @@ def test_evaluator_tracker_and_rank_may_be_killed_under_ray_and_no_figure_is_los
     kill_actor(process, "RayTrainWorker")
     output = finish(process, timeout_s=400)
     assert "resumed from" in output
-    expected, found = points(whole), points(folder)
-    optional = {key for key in expected if key[0].startswith("eval/") and key[1] == 4} | {
-        key for key in expected | found if key[0] == "eval/skipped"
-    }
-    assert {k: v for k, v in found.items() if k not in optional} == {
-        k: v for k, v in expected.items() if k not in optional
-    }
-
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")
-    runs = client.search_runs(["1"], filter_string="attributes.run_name = 'deaths'")
-    assert len(runs) == 1
-    steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss/dm")]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    same_under_ray(points(folder), points(whole))
+    assert mlflow_steps(output_dir, "deaths") == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.ray
@@ -271,6 +338,21 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     assert (
         json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     )
+    config, snapshot = open_run(str(whole), 6, None)
+    assert config.evaluator.weights == "ema"
+    pipeline = build_pipeline(config)
+    tensors, _ = snapshot.part("generator")
+    pipeline.denoiser.load_state_dict(
+        {name.removeprefix("ema/"): t for name, t in tensors.items() if name.startswith("ema/")}
+    )
+    prompts = ["a red circle", "a small blue square"]
+    noise = Draws(0).normal("sample/noise", 0, range(2), pipeline.latent_shape)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(out)
+    images = loaded(
+        prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="pt"
+    ).images
+    ours = (sample_images(config, pipeline, prompts, 0, range(2)) / 2 + 0.5).clamp(0, 1)
+    assert float((images - ours).abs().max()) < 2e-4
     with pytest.raises(ConfigError, match="exists already"):
         export(str(whole), str(tmp_path / "export"))
     with pytest.raises(ConfigError, match="holds no snapshot"):
@@ -312,6 +394,7 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
             r"generator\.ema_halflife_images",
         ),
         (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
+        (["teacher.prediction=v_prediction"], ConfigError, r"preflight: .*set teacher\.prediction=epsilon"),
         (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -322,6 +405,93 @@ def test_bad_input_is_one_line_that_names_the_setting(
     with pytest.raises(error, match=named) as caught:
         run(recipe(*settings(output_dir, "bad", *overrides)))
     assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "long"], ["--preset", "four_step"]], ids=str)
+def test_dry_run_shows_settings_bytes_and_forwards_and_leaves_nothing(
+    tmp_path: Path, preset: list[str]
+) -> None:
+    out = tmp_path / "runs"
+    shown = finish(job("--dry-run", f"output_dir={out}", *preset))
+    for words in (
+        "method.critic_updates_per_generator", "GiB on each worker", "\nteacher", "\ngenerator", "\ncritic",
+        "forward equivalents per generator update", "TFLOP",
+    ):  # fmt: skip
+        assert words in shown
+    assert not out.exists()
+
+
+def test_relative_paths_are_made_absolute_where_the_run_is_started_and_hub_ids_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    given = [
+        "teacher.path=teacher",
+        "data.shards=s/*.tar",
+        "prepare.coco=none",
+        "evaluator.coco=c",
+        "output_dir=o",
+    ]
+    config = resolve(recipe(*given, "data.cache_dir=cache"))
+    assert config.teacher.path == f"{tmp_path}/teacher"
+    assert (config.data.shards, config.data.cache_dir) == (f"{tmp_path}/s/*.tar", f"{tmp_path}/cache")
+    assert (config.prepare.coco, config.evaluator.coco) == (None, f"{tmp_path}/c")
+    assert config.output_dir == f"{tmp_path}/o"
+    remote = resolve(recipe("teacher.path=owner/name", "data.shards=s3://bucket/x", "prepare.coco=none"))
+    assert (remote.teacher.path, remote.data.shards) == ("owner/name", "s3://bucket/x")
+    assert remote.evaluator.coco.startswith(str(tmp_path / "runs" / "data"))
+
+
+def test_shards_without_latents_and_text_are_encoded_on_the_way_and_train_the_same(
+    whole: Path, output_dir: Path
+) -> None:
+    coco = next((output_dir / "data").iterdir()) / "coco"
+    raw = output_dir / "raw_shards"
+    prepare_coco(str(coco), "train", str(raw), samples_per_shard=32, image_size=32, progress=False)
+    quiet = ["prepare.coco=none", "evaluator.enabled=false", "train.generator_updates=1"]
+    run(recipe(*settings(output_dir, "raw", f"data.shards={raw}", *quiet)))
+    stored, encoded = points(whole), points(output_dir / "raw")
+    for name in ("loss/dm", "loss/dsm", "loss/gan_critic", "sample/std"):  # stored ones are float16
+        assert encoded[name, 1] == pytest.approx(stored[name, 1], rel=1e-2), name
+
+
+def test_four_step_preset_trains_evaluates_and_exports(whole: Path, output_dir: Path) -> None:
+    output = finish(job("--preset", "four_step", *settings(output_dir, "four", "train.generator_updates=2")))
+    assert "generator, 4 steps, end" in output
+    summary = json.loads((output_dir / "four" / "summary.json").read_text())
+    assert summary["generator_steps"] == 4
+    scheduler = json.loads((Path(summary["export"]) / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "LCMScheduler"
+    loaded = diffusers.LCMScheduler.from_config(scheduler)
+    loaded.set_timesteps(4)
+    assert loaded.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_timesteps_that_diffusers_cannot_visit_cost_the_export_only_and_are_told_of_first(
+    whole: Path, output_dir: Path
+) -> None:
+    few = ["method.timesteps=[999,600]", "train.generator_updates=1", "evaluator.enabled=false"]
+    output = finish(job(*settings(output_dir, "uneven", *few)))
+    assert output.index("can be trained and sampled, but not exported") < output.index("update 1/1")
+    assert "not exported: no diffusers scheduler visits the timesteps [999, 600]" in output
+
+
+def test_figures_do_not_depend_on_the_batch_size_and_the_shipped_teacher_follows_its_captions(
+    whole: Path, output_dir: Path
+) -> None:
+    answers = []
+    for size in (7, 32):
+        config, snapshot = open_run(str(whole), 6, None)
+        config = apply_overrides(config, [f"evaluator.batch_size={size}", "evaluator.teacher_steps=10"])
+        evaluator = build_evaluator(config)
+        answers.append((evaluator.evaluate(snapshot), evaluator.evaluate_teacher()))
+    (small, teacher), (large, _) = answers
+    for name, value in large.metrics.items():
+        if name != "eval/seconds":
+            assert small.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    assert small.protocol["hash"] == large.protocol["hash"]
+    assert teacher.metrics["eval/teacher_prompt_accuracy_32"] >= 0.9
 
 
 def test_shards_of_another_teacher_are_refused(whole: Path, output_dir: Path) -> None:
@@ -343,7 +513,7 @@ def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(
     import resource
 
     # a run that has two snapshots already
-    quiet = ["tracking.uri=none", "evaluator.enabled=false"]
+    quiet = ["tracking.uri=off", "evaluator.enabled=false"]
     run(recipe(*settings(output_dir, "full", *quiet, "train.generator_updates=2")))
     snapshots = Snapshots(str(output_dir / "full" / "snapshots"), keep=1)
     before = snapshots.steps()
