@@ -96,8 +96,6 @@ class PlacementConfig:
 
     session: Literal["ray", "inline"] = "ray"
     """ray: Ray Train workers and actors; inline: everything in this process, without Ray."""
-    mode: Literal["colocated"] = "colocated"
-    """Where teacher and critic live: in the generator's process."""
     workers: int = 1
     """Data-parallel training workers."""
     cpus_per_worker: int = 0

@@ -304,7 +304,7 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
     finish(job(*overrides), timeout_s=400)
     one, two = points(whole), points(output_dir / "two_workers")
     # only the first update's losses come before Adam has divided by tiny gradients
-    for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax", "sample/std"):
+    for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax"):
         assert two[name, 1] == pytest.approx(one[name, 1], rel=1e-4), name
     assert two["loss/dm", 6] == pytest.approx(one["loss/dm", 6], rel=0.1)
     manifest = Snapshots(str(output_dir / "two_workers" / "snapshots"), keep=1).latest()
