@@ -59,6 +59,10 @@ class DMD2Config:
     """Lower end of the noise levels of the distribution-matching loss, as a share of the 1000 levels."""
     dm_max_level: float = 0.98
     """Upper end, likewise."""
+    critic_weighting: Literal["published", "snr_plus_one"] = "published"
+    """Weight of the critic's squared x0 error. published: EDM's for EDM schedules, for others the SNR (the eps error).
+    snr_plus_one (the v error) also teaches the critic what only high noise levels show, such as how often each kind of
+    background comes; with the SNR alone it follows the generator there with a long lag."""
     sigma_data: float = 0.5
     """Data standard deviation in EDM's critic weight sigma^-2 + sigma_data^-2; unused by other schedules."""
 
@@ -202,8 +206,10 @@ class DMD2(Method):
         return Losses(terms, scalars)
 
     def _dsm_weight(self, t: Tensor) -> Tensor:
-        """Weight of the squared x0 error: EDM's own, or the SNR, which makes it the plain eps error."""
+        """Weight of the squared x0 error at t [B], [B]."""
         sigma = self.schedule.edm_sigma(t)
+        if self.config.critic_weighting == "snr_plus_one":
+            return sigma**-2 + 1.0
         if isinstance(self.schedule, EDMSchedule):
             return sigma**-2 + self.config.sigma_data**-2
         return sigma**-2

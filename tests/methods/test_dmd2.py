@@ -291,8 +291,12 @@ def test_real_data_rollout_draws_a_step_for_each_sample() -> None:
     generator = AffineGenerator(method.schedule, torch.ones(1), torch.zeros(1))
     x_in, t_in = method.generator_input(generator, NO_COND, (1, 2, 2), real, draws(64))
     assert set(t_in.tolist()) == {999.0, 499.0}
-    expected = method.schedule.add_noise(real.x0, t_in, draws(64).normal("rollout/noise", (1, 2, 2)))
-    assert torch.equal(x_in, expected)
+    noise = draws(64).normal("rollout/noise", (1, 2, 2))
+    expected = method.schedule.add_noise(real.x0, t_in, noise)
+    # at the first step inference sees pure noise, which a noised sample at t=999 is not (alpha is 0.07)
+    first = t_in == 999.0
+    assert torch.equal(x_in[first], noise[first])
+    assert torch.equal(x_in[~first], expected[~first])
 
 
 @pytest.mark.parametrize(
@@ -314,3 +318,18 @@ def test_settings_that_cant_work_are_refused_by_name(settings: dict, named: str)
 def test_timesteps_outside_the_teachers_schedule_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.timesteps"):
         DMD2(no_gan(timesteps=(1200.0,)), VPDiscreteSchedule(), guidance_scale=1.0)
+
+
+def test_critic_weightings_are_the_eps_error_the_v_error_and_edms() -> None:
+    schedule = VPDiscreteSchedule()
+    t = torch.tensor([20.0, 300.0, 700.0, 980.0])
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    error = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64)  # of x0
+    eps = DMD2(DMD2Config(), schedule, guidance_scale=1.0)._dsm_weight(t)
+    v = DMD2(DMD2Config(critic_weighting="snr_plus_one"), schedule, guidance_scale=1.0)._dsm_weight(t)
+    # eps = (x_t - alpha x0)/sigma and v = alpha eps - sigma x0 = (alpha x_t - x0)/sigma at one x_t
+    torch.testing.assert_close(eps * error**2, (alpha / sigma * error) ** 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(v * error**2, (error / sigma) ** 2, rtol=1e-9, atol=0)
+    edm = DMD2(DMD2Config(timesteps=(80.0,)), EDMSchedule(), guidance_scale=1.0)
+    levels = torch.tensor([0.1, 1.0, 40.0])
+    torch.testing.assert_close(edm._dsm_weight(levels), levels.double() ** -2 + 4, rtol=1e-6, atol=0)
