@@ -51,7 +51,7 @@ def long() -> RunConfig:
         base,
         name="dmd2_coco_long",
         method=replace(base.method, timesteps=(625.0,)),
-        generator=replace(base.generator, lr=2e-4, decay_steps=4000, ema_halflife_images=6000.0),
+        generator=replace(base.generator, lr=2e-4, decay_steps=4000, ema_halflife_images=30000.0),
         train=replace(base.train, generator_updates=4000),
         evaluator=replace(base.evaluator, every=400),
         checkpoint=replace(base.checkpoint, every=200),
