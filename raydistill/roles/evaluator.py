@@ -59,10 +59,8 @@ class EvaluatorConfig:
     """DDIM steps of the teacher's own figure."""
     grid_images: int = 8
     """Columns of the picture."""
-    threads: int = 1
-    """CPU threads of the evaluator's process."""
-    niceness: int = 5
-    """How far the evaluator's process gives way to the trainers where they share processors: 0 not at all, 19 most."""
+    threads: int = 2
+    """CPU threads of the evaluator's process; it runs at idle priority and takes what the trainers leave."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:
@@ -70,11 +68,8 @@ class EvaluatorConfig:
                 f"evaluator.every={self.every} and evaluator.batch_size={self.batch_size} must be at least 1, "
                 f"evaluator.num_samples={self.num_samples} at least 2"
             )
-        if self.threads < 1 or not 0 <= self.niceness <= 19:
-            raise ConfigError(
-                f"evaluator.threads={self.threads} must be at least 1, "
-                f"evaluator.niceness={self.niceness} from 0 to 19"
-            )
+        if self.threads < 1:
+            raise ConfigError(f"evaluator.threads={self.threads} must be at least 1")
         if not 1 <= self.grid_images <= self.num_samples:
             raise ConfigError(
                 f"evaluator.grid_images={self.grid_images} must be from 1 to evaluator.num_samples="

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
+from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict
 from raydistill.tracking import Tracker
 
@@ -83,17 +84,38 @@ class _EvaluatorActor:
         self._config = config_from_dict(config)
         self._built: Evaluator | None = None
         torch.set_num_threads(self._config.evaluator.threads)
-        os.nice(self._config.evaluator.niceness)
+        self._gave_way = False
 
     def pid(self) -> int:
         return os.getpid()
 
+    def warm_up(self) -> None:
+        """Build everything and put the teacher's figures into the cache, at full speed: training has not begun."""
+        self._evaluate(TEACHER_STEP)
+
     def evaluate(self, step: int) -> Evaluation:
+        if not self._gave_way:
+            self._gave_way = True
+            give_way()
+        return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> Evaluation:
         if self._built is None:
             self._built = build_evaluator(
                 self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu"
             )
         return evaluate_snapshot(self._built, self._config, step)
+
+
+def give_way() -> None:
+    """Run this process only where a processor has nothing else to do, as far as the system can tell.
+
+    OpenMP's barriers wait for the thread that lost its core: on two cores an evaluator that takes a quarter of one
+    makes the trainer 1.8 times slower, at idle priority 1.25 times.
+    """
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def start_tracker(config: dict[str, Any]) -> Any:
