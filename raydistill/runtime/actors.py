@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
-from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict
 from raydistill.tracking import Tracker
 
@@ -84,22 +83,12 @@ class _EvaluatorActor:
         self._config = config_from_dict(config)
         self._built: Evaluator | None = None
         torch.set_num_threads(self._config.evaluator.threads)
-        self._gave_way = False
+        give_way()
 
     def pid(self) -> int:
         return os.getpid()
 
-    def warm_up(self) -> None:
-        """Build everything and put the teacher's figures into the cache, at full speed: training has not begun."""
-        self._evaluate(TEACHER_STEP)
-
     def evaluate(self, step: int) -> Evaluation:
-        if not self._gave_way:
-            self._gave_way = True
-            give_way()
-        return self._evaluate(step)
-
-    def _evaluate(self, step: int) -> Evaluation:
         if self._built is None:
             self._built = build_evaluator(
                 self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu"

@@ -22,7 +22,7 @@ from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.prepare import prepare_data
-from raydistill.runtime.session import STOP_FILE, request_stop
+from raydistill.runtime.session import STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
 from raydistill.tracking import journal_is_held
@@ -177,8 +177,10 @@ def _run_on_ray(config: RunConfig) -> None:
         opened = True
         tracker.params.remote(flatten(config))
         if evaluator is not None:
-            # while the workers start; a failure shows again when the queue asks
-            evaluator.warm_up.remote()
+            # its answer stays in the evaluator's cache; a failure shows again when the queue asks
+            teacher = evaluator.evaluate.remote(TEACHER_STEP)
+            if not config.placement.evaluator_gpus:
+                ray.wait([teacher], timeout=config.evaluator.head_start_s)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())

@@ -158,7 +158,7 @@ RESUMABLE_CHANGES = (
     "resume", "output_dir", "train.generator_updates", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
     "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
-    "evaluator.threads", "checkpoint.", "placement.", "tracking.",
+    "evaluator.threads", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it."""
 
