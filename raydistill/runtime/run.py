@@ -177,10 +177,9 @@ def _run_on_ray(config: RunConfig) -> None:
         opened = True
         tracker.params.remote(flatten(config))
         if evaluator is not None:
-            # its answer stays in the evaluator's cache; a failure shows again when the queue asks
-            teacher = evaluator.evaluate.remote(TEACHER_STEP)
-            if not config.placement.evaluator_gpus:
-                ray.wait([teacher], timeout=config.evaluator.head_start_s)
+            # while the workers start; the answer stays in the evaluator's cache, a failure shows again when the
+            # queue asks
+            evaluator.evaluate.remote(TEACHER_STEP)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
