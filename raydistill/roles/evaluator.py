@@ -62,8 +62,8 @@ class EvaluatorConfig:
     threads: int = 2
     """CPU threads of the evaluator's process; it runs at idle priority and takes what the trainers leave."""
     head_start_s: float = 60.0
-    """Seconds that training waits at most for the teacher's own figure where the evaluator has no GPU: beside training
-    it would take many times as long, and slow it down."""
+    """Seconds that training waits at most for the teacher's figure and the first snapshot's, where the evaluator has no
+    GPU: beside training they would take many times as long, and slow it down."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:

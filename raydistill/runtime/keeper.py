@@ -86,14 +86,14 @@ class Keeper:
         step = self.trainer.progress.generator_updates
         if self.queue:
             self.queue.submit(TEACHER_STEP, must=True)
-            if not self.config.placement.evaluator_gpus:
-                self.queue.poll(step, timeout_s=self.config.evaluator.head_start_s)
             for older in self.snapshots.steps():
                 if is_evaluated_step(self.config, older):
                     self.queue.submit(older, must=self._must(older))
         if step == 0 and not self.snapshots.steps():
             self._save()
             self._committed(self.writer.wait())
+        if self.queue and not self.config.placement.evaluator_gpus:
+            self.queue.wait(step, self.config.evaluator.head_start_s)
 
     def after_update(self, values: dict[str, float]) -> None:
         step = self.trainer.progress.generator_updates

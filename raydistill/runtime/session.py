@@ -156,6 +156,13 @@ class EvaluationQueue:
         self._record(step, {"state": "done", "metrics": evaluation.metrics, "protocol": evaluation.protocol})
         self._start_next()
 
+    def wait(self, now: int, timeout_s: float) -> None:
+        """Wait for what was asked for, for `timeout_s` at most."""
+        until = time.monotonic() + timeout_s
+        while (self._running is not None or self._waiting) and time.monotonic() < until:
+            self._start_next()
+            self.poll(now, timeout_s=min(1.0, timeout_s))
+
     def drain(self, now: int) -> None:
         """Wait for everything that was asked for."""
         told = time.monotonic()
