@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,33 +158,31 @@ def require_room(config: RunConfig) -> None:
     Raises PlacementError: Ray itself would wait for ever.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers, evaluator = config.placement.workers, config.placement.evaluator_gpus
-    free_gpus = [node.get("GPU", 0.0) for node in nodes]
-    if not config.evaluator.enabled:
-        evaluator = 0.0
-    if evaluator and evaluator > max(free_gpus, default=0.0):
+    check_room(nodes, config, actors.worker_cpus(config))
+
+
+def check_room(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int) -> None:
+    """`require_room` for these nodes' resources and CPUs of a worker."""
+    workers = config.placement.workers
+    evaluator = config.placement.evaluator_gpus if config.evaluator.enabled else 0.0
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    if evaluator > max(gpus, default=0.0):
         raise PlacementError(
-            f"placement.evaluator_gpus={evaluator:g}, but no node has more than {max(free_gpus, default=0.0):g} GPUs"
+            f"placement.evaluator_gpus={evaluator:g}, but no node has more than {max(gpus, default=0.0):g} GPUs"
         )
-    for kind, each, setting in (
-        ("CPU", float(actors.worker_cpus(config)), "placement.cpus_per_worker"),
-        ("GPU", float(config.placement.gpus_per_worker), "placement.gpus_per_worker"),
+    for kind, each, beside, setting in (
+        ("CPU", cpus, 0.0, "placement.cpus_per_worker"),
+        ("GPU", config.placement.gpus_per_worker, evaluator, "placement.gpus_per_worker"),
     ):
         if not each:
             continue
         there = [node.get(kind, 0.0) for node in nodes]
-        beside = evaluator if kind == "GPU" else 0.0
-        # the evaluator takes its share of whichever node it lands on: one slot less there, at worst
-        room = sum(int(amount // each) for amount in there)
-        if beside:
-            room = max(
-                room - int(there[n] // each) + int((there[n] - beside) // each)
-                for n in range(len(there))
-                if there[n] >= beside
-            )
-        if room < workers:
+        slots = [int(amount // each) for amount in there]
+        # the evaluator lands on one node and may cost a worker's place there; Ray packs, so take the best node for it
+        lost = min(s - int((a - beside) // each) for s, a in zip(slots, there, strict=True) if a >= beside)
+        if sum(slots) - lost < workers:
             also = f" beside placement.evaluator_gpus={beside:g}" if beside else ""
             raise PlacementError(
-                f"placement.workers={workers} x {setting}={each:g}{also} does not fit: the nodes have "
+                f"placement.workers={workers} x {setting}={each}{also} does not fit: the nodes have "
                 f"{', '.join(f'{amount:g}' for amount in there)} {kind}s; lower one of them or add nodes"
             )

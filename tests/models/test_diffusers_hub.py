@@ -253,6 +253,22 @@ def test_incomplete_teacher_folder_is_refused_by_setting_and_part(
         load_pipeline(str(folder))
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_cut_off_or_missing_are_one_line_that_names_the_part(
+    tmp_path: Path, part: str
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(FOLDER, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=rf"teacher\.path=.*{part}/ can't be loaded") as caught:
+        load_pipeline(str(folder))
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(ConfigError, match=rf"teacher\.path=.*{part}/ can't be loaded"):
+        load_pipeline(str(folder))
+
+
 def test_unknown_prediction_type_and_missing_folder_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(FOLDER, folder)

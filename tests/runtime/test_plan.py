@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, PlacementError
 from raydistill.models.diffusers_hub import random_pixel_pipeline
 from raydistill.runtime.plan import plan, plan_for
+from raydistill.runtime.ray_train import check_room
 from raydistill.runtime.settings import RunConfig
 from tests.tiny import tiny_config, tiny_trainer
 
@@ -115,6 +116,42 @@ def test_bf16_and_checkpointing_need_less_and_more_ranks_less_each() -> None:
     assert saved.forwards["generator"] == plain.forwards["generator"] + 1
     both = planned(tiny_config(placement={"workers": 2}))
     assert both.bytes_by_role["generator"].activations == pytest.approx(activations / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "placement", "named"),
+    [
+        ([{"CPU": 2.0}], {"workers": 2}, None),
+        ([{"CPU": 2.0}], {"workers": 3}, r"placement\.workers=3 x placement\.cpus_per_worker=1 does not fit"),
+        ([{"CPU": 2.0}, {"CPU": 2.0}], {"workers": 1, "cpus": 4}, r"cpus_per_worker=4 .*have 2, 2 CPUs"),
+        ([{"CPU": 64.0, "GPU": 8.0}], {"workers": 8, "gpus_per_worker": 1}, None),
+        (
+            [{"CPU": 64.0, "GPU": 8.0}],
+            {"workers": 8, "gpus_per_worker": 1, "evaluator_gpus": 0.5},
+            r"workers=8 x placement\.gpus_per_worker=1 beside placement\.evaluator_gpus=0\.5",
+        ),
+        (
+            [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}],
+            {"workers": 8, "gpus_per_worker": 1, "evaluator_gpus": 0.5},
+            None,
+        ),
+        (
+            [{"CPU": 2.0}],
+            {"workers": 1, "evaluator_gpus": 0.5},
+            r"evaluator_gpus=0\.5, but no node has more than 0",
+        ),
+    ],
+)
+def test_what_does_not_fit_on_the_nodes_is_refused_with_the_numbers(
+    nodes: list[dict[str, float]], placement: dict[str, Any], named: str | None
+) -> None:
+    cpus = placement.pop("cpus", 1)
+    config = tiny_config(placement=placement)
+    if named is None:
+        check_room(nodes, config, cpus)
+        return
+    with pytest.raises(PlacementError, match=named):
+        check_room(nodes, config, cpus)
 
 
 def test_plan_of_a_teacher_that_is_not_there_names_the_setting() -> None:

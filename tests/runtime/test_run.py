@@ -32,6 +32,7 @@ from raydistill.runtime.commands import evaluate, export, open_run, sample, samp
 from raydistill.runtime.run import resolve, run
 from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig
+from raydistill.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "jobs" / "dmd2_coco.py"
@@ -314,7 +315,7 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
 
 @pytest.mark.ray
 def test_sigterm_under_ray_writes_a_snapshot_first(output_dir: Path) -> None:
-    never = ["checkpoint.every=1000", "evaluator.enabled=false", "train.generator_updates=1000"]
+    never = ["checkpoint.every=1000", "evaluator.enabled=false", "train.generator_updates=400"]
     process = job(*settings(output_dir, "stopped_ray", "placement.session=ray", *never))
     journal = output_dir / "stopped_ray" / "metrics.jsonl"
     wait_for(process, lambda: journal.exists() and '"loss/dm"' in journal.read_text())
@@ -362,6 +363,27 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
 def test_resuming_with_settings_that_change_the_numbers_is_refused(whole: Path, output_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"generator\.lr: .* then, 0\.5 now"):
         run(recipe(*settings(output_dir, "whole", "generator.lr=0.5", "train.generator_updates=9")))
+    assert mlflow_steps(output_dir, "whole") == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # which also sees that it is FINISHED still
+
+
+def test_second_run_of_a_name_that_is_going_on_is_refused(output_dir: Path) -> None:
+    given = settings(output_dir, "going_on", "tracking.uri=off")
+    config = resolve(recipe(*given))
+    tracker = Tracker(config.tracking, config.run_dir, config.name)
+    try:
+        for more in ([], ["resume=false"]):
+            with pytest.raises(ConfigError, match=r"name='going_on' is going on"):
+                run(recipe(*given, *more))
+    finally:
+        tracker.finish()
+    assert Path(config.run_dir).is_dir()
 
 
 def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_replays_it(
@@ -393,6 +415,7 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
             ConfigError,
             r"generator\.ema_halflife_images",
         ),
+        (["generator.decay_steps=3"], ConfigError, r"generator\.decay_steps=3 leaves a learning rate of 0"),
         (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
         (["teacher.prediction=v_prediction"], ConfigError, r"preflight: .*set teacher\.prediction=epsilon"),
         (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
