@@ -11,6 +11,7 @@ the tracker goes on with its journal and its MLflow run.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,8 +46,8 @@ class _TrackerActor:
     def params(self, flat: dict[str, Any]) -> None:
         self._tracker.params(flat)
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        self._keep_failure(lambda: self._tracker.metrics(values, step))
+    def metrics(self, values: dict[str, float], step: int, timestamp_ms: int) -> None:
+        self._keep_failure(lambda: self._tracker.metrics(values, step, timestamp_ms))
 
     def tags(self, tags: dict[str, Any]) -> None:
         self._keep_failure(lambda: self._tracker.tags(tags))
@@ -127,7 +128,8 @@ class ActorTracker:
         self._handle = handle
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._handle.metrics.remote(dict(values), step)
+        # its time is taken here: calls that an actor's restart repeats may arrive after later ones
+        self._handle.metrics.remote(dict(values), step, int(time.time() * 1000))
 
     def tags(self, tags: Mapping[str, Any]) -> None:
         self._handle.tags.remote(dict(tags))

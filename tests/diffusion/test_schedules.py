@@ -153,7 +153,8 @@ def test_the_table_equals_diffusers(beta_schedule, rescale, steps):
     )
     schedule, prediction = schedule_from_diffusers(json.loads(scheduler.to_json_string()))
     assert prediction == "v"
-    assert np.abs(schedule.alphas_cumprod - scheduler.alphas_cumprod.double().numpy()).max() < 1e-6
+    # diffusers computes in float32, and how that rounds depends on the processor
+    assert np.abs(schedule.alphas_cumprod - scheduler.alphas_cumprod.double().numpy()).max() < 3e-6
 
 
 def test_a_published_scheduler_configuration_is_read():

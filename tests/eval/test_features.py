@@ -89,7 +89,7 @@ def test_features_know_where_an_object_is(net: SceneNet, fresh: tuple[Tensor, Te
 def test_images_of_another_type_or_size_are_refused(net: SceneNet) -> None:
     with pytest.raises(DataError, match=r"takes uint8 images \[B, 3, 32, 32\], got torch.float32"):
         net.features(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(DataError, match=r"eval\.metric"):
+    with pytest.raises(DataError, match=r"evaluator\.enabled"):
         net.objects(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
