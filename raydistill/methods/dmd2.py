@@ -175,7 +175,7 @@ class DMD2(Method):
         scalars = {
             "critic/lag": (answers["fake"] - answers["real"]).abs().mean(),
             "sample/mean": x.detach().mean(),
-            "sample/std": x.detach().std(),
+            "sample/mean_square": x.detach().square().mean(),
             "sample/absmax": x.detach().abs().amax(),
         }
         if "logit" in answers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,10 @@ class GeneratorTrainer:
         scalars = mean_scalars(self._scalars)
         self._scalars = []
         values = self.optimizer.step(scalars, gan_stage=gan_stage)
+        # means merge over micro-batches and ranks, standard deviations don't
+        if "sample/mean_square" in values:
+            variance = values.pop("sample/mean_square") - values["sample/mean"] ** 2
+            values["sample/std"] = math.sqrt(max(variance, 0.0))
         if self.ema is not None:
             self.ema.update(images)
         return values

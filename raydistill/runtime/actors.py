@@ -151,9 +151,6 @@ class ActorEvaluator:
     def start(self, step: int) -> None:
         self._request = self._handle.evaluate.remote(step)
 
-    def busy(self) -> bool:
-        return self._request is not None
-
     def collect(self, timeout_s: float) -> Evaluation | None:
         if self._request is None or not ray.wait([self._request], timeout=timeout_s)[0]:
             return None

@@ -83,9 +83,6 @@ class LocalEvaluator:
             log.debug("evaluation of step %d", step, exc_info=True)
             self._answer = EvaluatorError(f"{type(error).__name__}: {error}")
 
-    def busy(self) -> bool:
-        return self._answer is not None
-
     def collect(self, timeout_s: float) -> Evaluation | None:
         answer, self._answer = self._answer, None
         if isinstance(answer, EvaluatorError):

@@ -43,8 +43,6 @@ class EvaluatorLike(Protocol):
     def start(self, step: int) -> None:
         """Begin evaluating the snapshot of `step`, or the teacher as TEACHER_STEP. One request at a time."""
 
-    def busy(self) -> bool: ...
-
     def collect(self, timeout_s: float) -> Evaluation | None:
         """The answer to the request in hand, waiting at most `timeout_s`; None if it is not there yet.
 
@@ -181,7 +179,7 @@ class EvaluationQueue:
         return min(found, key=lambda step: found[step]) if found else None
 
     def _start_next(self) -> None:
-        if self._running is None and self._waiting and not self._evaluator.busy():
+        if self._running is None and self._waiting:
             step, _ = self._waiting.pop(0)
             self._evaluator.start(step)
             self._running = step

@@ -70,7 +70,7 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of generator and critic; bf16 is autocast over fp32 weights."""
     channels_last: bool = True
-    """Memory format of the networks; measured 10 to 20 % faster for the embedded UNet on CPU."""
+    """Memory format of the networks."""
     compile: bool = False
     """torch.compile the UNets' whole passes (the encoder half that feeds the GAN head stays as it is): pays for long
     runs, after a minute or more of compilation."""

@@ -57,7 +57,13 @@ def test_accumulation_never_moves_the_ratio_and_equals_the_big_batch(micro: int,
     (big, big_values), (small, small_values) = runs
     # the sums run in another order
     assert small_values["loss/dm"] == pytest.approx(big_values["loss/dm"], rel=1e-4)
-    for name in ("loss/critic_total", "grad_norm/dm", "grad_norm/gan_generator", "sample/absmax"):
+    for name in (
+        "loss/critic_total",
+        "grad_norm/dm",
+        "grad_norm/gan_generator",
+        "sample/absmax",
+        "sample/std",
+    ):
         assert small_values[name] == pytest.approx(big_values[name], rel=1e-4)
     for name, tensor in big.items():
         assert (small[name] - tensor).abs().max() < 1e-6, name

@@ -18,9 +18,6 @@ class SlowEvaluator:
     def start(self, step: int) -> None:
         self.asked.append(step)
 
-    def busy(self) -> bool:
-        return False
-
     def collect(self, timeout_s: float) -> Evaluation | None:
         if not self.ready:
             return None
