@@ -12,5 +12,6 @@ JSON. The root is a local folder or any fsspec URL (`s3://bucket/run`, `memory:/
 
 from raydistill.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from raydistill.checkpoint.snapshots import Snapshot, Snapshots
+from raydistill.checkpoint.tensor_file import prefixed, unprefixed
 
-__all__ = ["Snapshot", "Snapshots", "pack_optimizer", "unpack_optimizer"]
+__all__ = ["Snapshot", "Snapshots", "pack_optimizer", "prefixed", "unpack_optimizer", "unprefixed"]

@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,3 +92,13 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{name} is not safetensors ({error}); pickled weights are never loaded"
         ) from error
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under names that begin with prefix, to lie beside others in one part."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def unprefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -15,7 +15,7 @@ Everything a method draws comes from `PhaseDraws`, keyed by seed, phase, step an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from raydistill.diffusion.random import Draws
+from raydistill.diffusion.samplers import few_step
+from raydistill.diffusion.schedules import NoiseSchedule
 from raydistill.diffusion.times import TimeSampler
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
@@ -120,6 +122,8 @@ class PhaseDraws:
 class Method(ABC):
     """A distillation method as pure functions of networks, batches and draws."""
 
+    schedule: NoiseSchedule
+    """The teacher's, which generator and critic share."""
     needs: Needs
     critic_updates_per_generator: int
     """R: critic optimiser steps for each generator optimiser step."""
@@ -131,6 +135,22 @@ class Method(ABC):
     @abstractmethod
     def pure_noise(self, noise: Tensor) -> Tensor:
         """What the generator starts from, given unit normal noise [B, C, H, W]."""
+
+    @torch.no_grad()
+    def sample(
+        self, generator: Denoiser, cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Generated samples as at inference, [B, C, H, W].
+
+        noise: unit normal [B, C, H, W]; renoise(n): fresh noise of that shape, put on the x0 of step n.
+        """
+        return few_step(
+            lambda x_t, t: generator(x_t, t, cond),
+            self.schedule,
+            self.sampling_times,
+            self.pure_noise(noise),
+            noise=renoise,
+        )
 
     @abstractmethod
     def gan_on(self, generator_update: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import pack_optimizer, unpack_optimizer
+from raydistill.checkpoint import prefixed, unprefixed
 from raydistill.methods.method import Losses, Query
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import frozen_weights, state_for_saving
@@ -51,19 +51,10 @@ class CriticTrainer:
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
-        tensors, state = pack_optimizer(self.optimizer.optimizer)
-        weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.critic).items()}
-        weights |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
-        counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
-        return weights, {"optimizer": state, **counters}
+        tensors, state = self.optimizer.save()
+        return prefixed(state_for_saving(self.critic), "weights/") | tensors, state
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.critic.load_state_dict(strip(tensors, "weights/"))
-        unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
-        self.optimizer.steps = state["steps"]
-        self.optimizer.clipped_steps = state["clipped_steps"]
-
-
-def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        """What `save` returned."""
+        self.critic.load_state_dict(unprefixed(tensors, "weights/"))
+        self.optimizer.load(tensors, state)

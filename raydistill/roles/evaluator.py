@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import Snapshot
+from raydistill.checkpoint import Snapshot, unprefixed
 from raydistill.data.coco import read_coco
 from raydistill.data.images import load_image
 from raydistill.diffusion.random import Draws
-from raydistill.diffusion.samplers import ddim, few_step, trailing_times
+from raydistill.diffusion.samplers import ddim, trailing_times
 from raydistill.errors import ConfigError
 from raydistill.eval.features import IMAGE_SIZE, SceneNet, load_scene_net, scene_net_sha256
 from raydistill.eval.frechet import FeatureStatistics, frechet_distance
@@ -30,9 +29,9 @@ from raydistill.eval.kid import kernel_distance
 from raydistill.eval.prompt_accuracy import prompt_accuracy
 from raydistill.eval.protocol import Protocol, to_uint8
 from raydistill.methods.method import Method
-from raydistill.models.denoiser import Cond, Denoiser, denoise_guided
+from raydistill.models.denoiser import Cond, denoise_guided
 from raydistill.models.diffusers_hub import TextToImage
-from raydistill.roles.critic import strip
+from raydistill.roles.generator import Weights, generator_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class EvaluatorConfig:
     """Images per forward pass; figures don't depend on it."""
     seed: int = 10
     """Seed of the evaluation noise, apart from the run's."""
-    weights: Literal["raw", "ema"] = "raw"
+    weights: Weights = "raw"
     """Which weights of the generator: as trained, or their EMA."""
     teacher_steps: int = 25
     """DDIM steps of the teacher's own figure."""
@@ -160,13 +159,11 @@ class Evaluator:
     def evaluate(self, snapshot: Snapshot) -> Evaluation:
         """Figures and picture of a snapshot's generator."""
         started = time.monotonic()
-        weights, _ = snapshot.part("generator")
-        prefix = "ema/" if self.config.weights == "ema" else "weights/"
-        self._generator.load_state_dict(strip(weights, prefix))
+        self._generator.load_state_dict(generator_weights(snapshot, self.config.weights))
         metrics = self._figures(self._generate, self.protocol, "")
         metrics["eval/seconds"] = time.monotonic() - started
         critic, _ = snapshot.part("critic")
-        self._critic.load_state_dict(strip(critic, "weights/denoiser."))
+        self._critic.load_state_dict(unprefixed(critic, "weights/denoiser."))
         return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
 
     def evaluate_teacher(self) -> Evaluation:
@@ -214,18 +211,16 @@ class Evaluator:
         for start in range(0, self.config.num_samples, self.config.batch_size):
             yield list(range(start, min(start + self.config.batch_size, self.config.num_samples)))
 
-    @torch.no_grad()
-    def _generate(self, indices: list[int], denoiser: Denoiser | None = None) -> Tensor:
-        net = denoiser or self._generator
-        cond = self._cond(indices)
-        latents = few_step(
-            lambda x_t, t: net(x_t, t, cond),
-            net.schedule,
-            self.method.sampling_times,
-            self.method.pure_noise(self._noise("eval/noise", indices)),
-            noise=lambda step: self._noise(f"eval/renoise_{step}", indices),
+    def _generate(self, indices: list[int]) -> Tensor:
+        return to_uint8(self.pipeline.decode(self._samples(indices, self._cond(indices))))
+
+    def _samples(self, indices: list[int], cond: Cond) -> Tensor:
+        return self.method.sample(
+            self._generator,
+            cond,
+            self._noise("eval/noise", indices),
+            lambda step: self._noise(f"eval/renoise_{step}", indices),
         )
-        return to_uint8(self.pipeline.decode(latents))
 
     @torch.no_grad()
     def _generate_teacher(self, indices: list[int]) -> Tensor:
@@ -247,19 +242,12 @@ class Evaluator:
         if self._teacher_grid is None:
             self._teacher_grid = self._generate_teacher(indices).cpu()
         cond = self._cond(indices)
-        net = self._generator
-        noise = self.method.pure_noise(self._noise("eval/noise", indices))
-        x = few_step(
-            lambda x_t, t: net(x_t, t, cond),
-            net.schedule,
-            self.method.sampling_times,
-            noise,
-            noise=lambda number: self._noise(f"eval/renoise_{number}", indices),
-        )
-        middle = net.schedule.t_from_edm_sigma(
+        x = self._samples(indices, cond)
+        schedule = self._generator.schedule
+        middle = schedule.t_from_edm_sigma(
             torch.ones(len(indices), dtype=torch.float64, device=x.device)
         ).float()
-        x_t = net.schedule.add_noise(x, middle, self._noise("eval/grid", indices))
+        x_t = schedule.add_noise(x, middle, self._noise("eval/grid", indices))
         null = self.pipeline.null_cond(len(indices))
         real = denoise_guided(self.pipeline.denoiser, x_t, middle, cond, null, self.guidance_scale)
         fake = self._critic(x_t, middle, cond)

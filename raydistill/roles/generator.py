@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import pack_optimizer, unpack_optimizer
+from raydistill.checkpoint import Snapshot, prefixed, unprefixed
 from raydistill.diffusion.ema import EMA
 from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
-from raydistill.roles.critic import strip
 from raydistill.roles.optimizer import AT_SAMPLES, OptimizerConfig, RoleOptimizer, mean_scalars
 from raydistill.roles.world import World
+
+Weights = Literal["raw", "ema"]
+_PREFIX: dict[Weights, str] = {"raw": "weights/", "ema": "ema/"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +85,21 @@ class GeneratorTrainer:
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
-        tensors, state = pack_optimizer(self.optimizer.optimizer)
-        weights = {f"weights/{name}": tensor for name, tensor in state_for_saving(self.denoiser).items()}
-        weights |= {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+        tensors, state = self.optimizer.save()
+        tensors |= prefixed(state_for_saving(self.denoiser), _PREFIX["raw"])
         if self.ema is not None:
-            weights |= {f"ema/{name}": tensor for name, tensor in self.ema.weights().items()}
-        counters = {"steps": self.optimizer.steps, "clipped_steps": self.optimizer.clipped_steps}
-        return weights, {"optimizer": state, **counters}
+            tensors |= prefixed(self.ema.weights(), _PREFIX["ema"])
+        return tensors, state
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.denoiser.load_state_dict(strip(tensors, "weights/"))
-        unpack_optimizer(self.optimizer.optimizer, strip(tensors, "optimizer/"), state["optimizer"])
-        self.optimizer.steps = state["steps"]
-        self.optimizer.clipped_steps = state["clipped_steps"]
+        """What `save` returned."""
+        self.denoiser.load_state_dict(unprefixed(tensors, _PREFIX["raw"]))
+        self.optimizer.load(tensors, state)
         if self.ema is not None:
-            self.ema.load(strip(tensors, "ema/"))
+            self.ema.load(unprefixed(tensors, _PREFIX["ema"]))
+
+
+def generator_weights(snapshot: Snapshot, weights: Weights) -> dict[str, Tensor]:
+    """A snapshot's generator by the names of its denoiser: as trained, or its EMA."""
+    tensors, _ = snapshot.part("generator")
+    return unprefixed(tensors, _PREFIX[weights])

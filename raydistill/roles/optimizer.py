@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raydistill.checkpoint import pack_optimizer, prefixed, unpack_optimizer, unprefixed
 from raydistill.errors import ConfigError, TrainingError
 from raydistill.roles.world import World
 
@@ -108,6 +110,18 @@ class RoleOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return values | {f"lr/{self.role}": lr, f"clipped_steps/{self.role}": float(self.clipped_steps)}
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON state): Adam's moments and the counters."""
+        tensors, state = pack_optimizer(self.optimizer)
+        counters = {"steps": self.steps, "clipped_steps": self.clipped_steps}
+        return prefixed(tensors, "optimizer/"), {"optimizer": state, **counters}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """What `save` returned, other tensors may lie beside it."""
+        unpack_optimizer(self.optimizer, unprefixed(tensors, "optimizer/"), state["optimizer"])
+        self.steps = state["steps"]
+        self.clipped_steps = state["clipped_steps"]
 
     def _require_finite(self, values: dict[str, float]) -> None:
         bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from raydistill.checkpoint import Snapshot, Snapshots
 from raydistill.diffusion.random import Draws
-from raydistill.diffusion.samplers import few_step
 from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
 from raydistill.models.diffusers_hub import TextToImage
-from raydistill.roles.critic import strip
+from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig, config_from_dict
 from raydistill.runtime.summary import export_snapshot
-
-Weights = Literal["raw", "ema"]
 
 
 def open_run(run: str, step: int | None, weights: Weights | None) -> tuple[RunConfig, Snapshot]:
@@ -57,7 +53,7 @@ def sample(
     """Draw `num_images` images for each prompt with a run's generator and write them as one PNG grid."""
     config, snapshot = open_run(run, step, weights)
     pipeline = build_pipeline(config)
-    pipeline.denoiser.load_state_dict(generator_weights(config, snapshot))
+    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights))
     rows = []
     for number, prompt in enumerate(prompts):
         positions = range(number * num_images, (number + 1) * num_images)
@@ -78,12 +74,11 @@ def sample_images(
     method = build_method(config, pipeline)
     cond = pipeline.encode_text(prompts)
     draws = Draws(seed)
-    latents = few_step(
-        lambda x_t, t: pipeline.denoiser(x_t, t, cond),
-        pipeline.denoiser.schedule,
-        method.sampling_times,
-        method.pure_noise(draws.normal("sample/noise", 0, positions, pipeline.latent_shape)),
-        noise=lambda number: draws.normal(f"sample/renoise_{number}", 0, positions, pipeline.latent_shape),
+    latents = method.sample(
+        pipeline.denoiser,
+        cond,
+        draws.normal("sample/noise", 0, positions, pipeline.latent_shape),
+        lambda number: draws.normal(f"sample/renoise_{number}", 0, positions, pipeline.latent_shape),
     )
     return pipeline.decode(latents)
 
@@ -107,9 +102,3 @@ def export(run: str, out: str, *, step: int | None = None, weights: Weights | No
         raise ConfigError(f"{out} exists already; give a new folder")
     config, snapshot = open_run(run, step, weights)
     return export_snapshot(config, snapshot, Path(out))
-
-
-def generator_weights(config: RunConfig, snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The weights that the run evaluates, by the names of its denoiser."""
-    tensors, _ = snapshot.part("generator")
-    return strip(tensors, "ema/" if config.evaluator.weights == "ema" else "weights/")

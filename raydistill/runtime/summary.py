@@ -11,7 +11,7 @@ from typing import Any
 from raydistill.checkpoint import Snapshot, Snapshots
 from raydistill.errors import ConfigError
 from raydistill.models.diffusers_export import export_pipeline, require_exportable
-from raydistill.roles.critic import strip
+from raydistill.roles.generator import generator_weights
 from raydistill.runtime.keeper import best_metric
 from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, teacher_folder
@@ -72,11 +72,9 @@ def warn_if_not_exportable(config: RunConfig) -> None:
 
 def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
     """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder."""
-    tensors, _ = snapshot.part("generator")
-    prefix = "ema/" if config.evaluator.weights == "ema" else "weights/"
     return export_pipeline(
         teacher_folder(config.teacher),
-        strip(tensors, prefix),
+        generator_weights(snapshot, config.evaluator.weights),
         out,
         timesteps=config.method.timesteps,
         prediction=config.teacher.prediction,
