@@ -24,9 +24,9 @@ class CriticConfig(OptimizerConfig):
 class CriticTrainer:
     """Owns the critic, its head and their optimiser."""
 
-    def __init__(self, critic: Critic, config: CriticConfig, world: World):
+    def __init__(self, critic: Critic, config: CriticConfig, world: World, total_steps: int):
         self.critic = critic.train()
-        self.optimizer = RoleOptimizer("critic", critic, config, world)
+        self.optimizer = RoleOptimizer("critic", critic, config, world, total_steps)
         self._scalars: list[dict[str, Tensor]] = []
 
     def answer(self, query: Query) -> Tensor:

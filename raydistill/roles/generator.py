@@ -33,9 +33,9 @@ class GeneratorConfig(OptimizerConfig):
 class GeneratorTrainer:
     """Owns the generator, its optimiser and its EMA."""
 
-    def __init__(self, denoiser: Denoiser, config: GeneratorConfig, world: World):
+    def __init__(self, denoiser: Denoiser, config: GeneratorConfig, world: World, total_steps: int):
         self.denoiser = denoiser.train()
-        self.optimizer = RoleOptimizer("generator", denoiser, config, world)
+        self.optimizer = RoleOptimizer("generator", denoiser, config, world, total_steps)
         self.ema = EMA(denoiser, config.ema_halflife_images) if config.ema_halflife_images > 0 else None
         self._scalars: list[dict[str, Tensor]] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 500
     """Optimiser steps of this role over which the learning rate rises linearly."""
-    decay_steps: int = 0
-    """Optimiser steps of this role over which the rate falls linearly to 0; 0 keeps it constant, as DMD2 does."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant, as DMD2 does, or falling linearly to 0 at the run's last step (train.generator_updates,
+    which a resumed run then can't change)."""
     clip_norm: float = 10.0
     """Largest gradient norm; larger gradients are scaled down."""
 
@@ -42,18 +43,19 @@ class OptimizerConfig:
                 raise ConfigError(
                     f"generator.{name} and critic.{name} must be positive, got {getattr(self, name)}"
                 )
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"generator.{name} and critic.{name} must not be negative, got {getattr(self, name)}"
-                )
+        if self.warmup_steps < 0:
+            raise ConfigError(
+                f"generator.warmup_steps and critic.warmup_steps must not be negative, got {self.warmup_steps}"
+            )
 
 
 class RoleOptimizer:
     """AdamW over one role's weights; gradients are accumulated by the caller and consumed by `step`."""
 
-    def __init__(self, role: str, module: nn.Module, config: OptimizerConfig, world: World):
+    def __init__(self, role: str, module: nn.Module, config: OptimizerConfig, world: World, total_steps: int):
+        """total_steps: of this role in the whole run, at which a linear schedule ends."""
         self.role = role
+        self.total_steps = total_steps
         self.config = config
         self.world = world
         self.steps = 0
@@ -74,8 +76,8 @@ class RoleOptimizer:
         )
         if self.config.warmup_steps:
             base *= min(1.0, (self.steps + 1) / self.config.warmup_steps)
-        if self.config.decay_steps:
-            base *= max(0.0, 1.0 - self.steps / self.config.decay_steps)
+        if self.config.lr_schedule == "linear":
+            base *= 1.0 - self.steps / self.total_steps
         return base
 
     def step(self, scalars: dict[str, Tensor], *, gan_stage: bool) -> dict[str, float]:

@@ -38,7 +38,8 @@ def build_generator(
     config: RunConfig, pipeline: TextToImage, world: World, device: torch.device
 ) -> GeneratorTrainer:
     """The generator, a copy of the teacher."""
-    return GeneratorTrainer(_trainable(pipeline, config.train, device), config.generator, world)
+    denoiser = _trainable(pipeline, config.train, device)
+    return GeneratorTrainer(denoiser, config.generator, world, config.train.generator_updates)
 
 
 def build_critic(
@@ -55,7 +56,8 @@ def build_critic(
             )  # the head's weights must not depend on what ran before in the process
             head = BottleneckHead(denoiser.feature_channels, size).to(device)
     source = pipeline.denoiser if getattr(config.method, "gan_features", "critic") == "teacher" else None
-    return CriticTrainer(Critic(denoiser, head, source), config.critic, world)
+    steps = config.train.generator_updates * method.critic_updates_per_generator
+    return CriticTrainer(Critic(denoiser, head, source), config.critic, world, steps)
 
 
 def build_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> TeacherScorer:

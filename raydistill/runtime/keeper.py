@@ -175,7 +175,9 @@ def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
 def require_same_settings(config: RunConfig, step: int, manifest: dict[str, Any]) -> None:
     """Raise ConfigError if the snapshot of `step` was made with settings that change the numbers."""
     now, then = flatten(config), manifest["settings"]
-    changed = [name for name in now if now[name] != then.get(name) and not name.startswith(RESUMABLE_CHANGES)]
+    constant = all(role.lr_schedule == "constant" for role in (config.generator, config.critic))
+    may_differ = RESUMABLE_CHANGES + ("train.generator_updates",) * constant  # a linear schedule ends there
+    changed = [name for name in now if now[name] != then.get(name) and not name.startswith(may_differ)]
     if changed:
         listed = ", ".join(f"{name}: {then.get(name)} then, {now[name]} now" for name in changed[:5])
         raise ConfigError(

@@ -226,6 +226,7 @@ def _start(state_file: Path) -> Head:
     import psutil
 
     url = _url()
+    print(f"raydistill: no Ray head answers at {url}, starting one", file=sys.stderr, flush=True)
     gcs_port, agent_port, client_port = _free_ports(3)
     log = state_file.with_suffix(".log")
     command = [

@@ -155,12 +155,13 @@ class RunConfig:
 
 RESUMABLE_CHANGES = (
     "teacher.path", "teacher.revision",  # the weights themselves are compared
-    "resume", "output_dir", "train.generator_updates", "train.log_every", "data.shards", "data.cache_dir",
+    "resume", "output_dir", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
     "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
     "evaluator.threads", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
-"""Settings (or prefixes) that may differ between a snapshot and the run that goes on from it."""
+"""Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
+train.generator_updates, if learning rates don't depend on it."""
 
 
 def validate(config: RunConfig) -> None:
@@ -186,16 +187,6 @@ def validate(config: RunConfig) -> None:
             f"train.batch_size={train.batch_size} is not divisible by placement.workers={workers} x "
             f"train.micro_batch_size={config.micro_batch_size} = {step}"
         )
-    critic_steps = train.generator_updates * config.method.critic_updates_per_generator
-    for role, steps, total in (
-        ("generator", config.generator.decay_steps, train.generator_updates),
-        ("critic", config.critic.decay_steps, critic_steps),
-    ):
-        if 0 < steps < total:
-            raise ConfigError(
-                f"{role}.decay_steps={steps} leaves a learning rate of 0 for the rest of {total} optimiser steps "
-                f"(train.generator_updates={train.generator_updates}): at least {total}, or 0 for a constant rate"
-            )
     if config.evaluator.weights == "ema" and config.generator.ema_halflife_images <= 0:
         raise ConfigError(
             "evaluator.weights=ema needs generator.ema_halflife_images > 0 (it is 0: no EMA is kept)"

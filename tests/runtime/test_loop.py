@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydistill.checkpoint import Snapshots
+from raydistill.config import flatten
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.methods.method import PhaseDraws
 from raydistill.roles.world import World
-from raydistill.runtime.keeper import manifest_of
+from raydistill.runtime.keeper import manifest_of, require_same_settings
 from raydistill.runtime.loop import Trainer, resume
 from raydistill.runtime.settings import validate
 from tests.tiny import tiny_config, tiny_trainer
@@ -179,6 +181,14 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -
         resume(other, snapshots)
 
 
+def test_a_linear_rate_ends_with_the_run_so_its_length_cannot_change_on_the_way() -> None:
+    config = tiny_config(generator={"lr_schedule": "linear"})
+    longer = replace(config, train=replace(config.train, generator_updates=9))
+    require_same_settings(config, 2, {"settings": flatten(config)})
+    with pytest.raises(ConfigError, match=r"train\.generator_updates: 4 then, 9 now"):
+        require_same_settings(longer, 2, {"settings": flatten(config)})
+
+
 def test_non_finite_loss_stops_before_the_weights_move_and_names_the_term() -> None:
     trainer = tiny_trainer(tiny_config())
     trainer.window()
@@ -262,7 +272,7 @@ def test_stage_two_begins_on_time_with_its_own_rate_and_only_then_are_real_sampl
         tiny_config(
             method={"gan_start_update": 2},
             generator={"lr_gan_stage": 5e-4, "warmup_steps": 0},
-            critic={"warmup_steps": 4, "decay_steps": 8},
+            critic={"warmup_steps": 4, "lr_schedule": "linear"},
         )
     )
     asked = []
@@ -273,7 +283,7 @@ def test_stage_two_begins_on_time_with_its_own_rate_and_only_then_are_real_sampl
     assert ["loss/gan_generator" in v and "loss/gan_critic" in v for v in values] == [False, False, True]
     assert asked == [4, 5]
     assert [v["lr/generator"] for v in values] == [1e-3, 1e-3, 5e-4]
-    # the last of each window's two critic steps: warmed up over 4, decaying over 8
+    # the last of each window's two critic steps: warmed up over 4, decaying over 4 windows' 8
     expected = [1e-3 * min(1, (step + 1) / 4) * (1 - step / 8) for step in (1, 3, 5)]
     assert [v["lr/critic"] for v in values] == pytest.approx(expected)
 

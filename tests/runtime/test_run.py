@@ -411,7 +411,6 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
             ConfigError,
             r"generator\.ema_halflife_images",
         ),
-        (["generator.decay_steps=3"], ConfigError, r"generator\.decay_steps=3 leaves a learning rate of 0"),
         (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
         (["teacher.prediction=v_prediction"], ConfigError, r"preflight: .*set teacher\.prediction=epsilon"),
         (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
