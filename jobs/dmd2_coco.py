@@ -27,6 +27,7 @@ def recipe() -> RunConfig:
     of each background in the samples with it; hence 4e-4, both rates falling to 0, and an EMA. No GAN, as in stage 1 of
     the SD1.5 recipe: an update with it takes 1.6 times as long (2.6 times with the R = 5 it needs) and comes no further
     in the same time. R = 2 learns as much per update as 5; R = 1 falls apart, as the paper says.
+    The teacher is shown in 10 steps, where it is as good as in 25 (toyfid 0.320 and 0.351) in less than half the time.
     """
     return RunConfig(
         name="dmd2_coco",
@@ -41,10 +42,10 @@ def recipe() -> RunConfig:
             lr=2.5e-4, warmup_steps=10, lr_schedule="linear", ema_halflife_images=3000.0
         ),
         critic=CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear"),
-        train=TrainConfig(generator_updates=900, batch_size=32),
+        train=TrainConfig(generator_updates=800, batch_size=32),
         data=DataConfig(shards="builtin:scenes"),
-        evaluator=EvaluatorConfig(every=300, num_samples=2000, weights="ema"),
-        checkpoint=CheckpointConfig(every=150),
+        evaluator=EvaluatorConfig(every=400, num_samples=2000, weights="ema", teacher_steps=10),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
@@ -68,7 +69,7 @@ def long() -> RunConfig:
         generator=replace(base.generator, lr=1.5e-4, ema_halflife_images=6400.0),
         critic=replace(base.critic, lr=2e-4, lr_schedule="constant"),
         train=replace(base.train, generator_updates=5500),
-        evaluator=replace(base.evaluator, every=500),
+        evaluator=replace(base.evaluator, every=500, teacher_steps=25),
         checkpoint=replace(base.checkpoint, every=250),
     )
 
