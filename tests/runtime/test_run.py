@@ -40,7 +40,8 @@ SMALL = [
     "prepare.num_train=96", "prepare.num_val=48", "prepare.samples_per_shard=32", "train.batch_size=8",
     "train.generator_updates=6", "method.critic_updates_per_generator=2", "checkpoint.every=2", "evaluator.every=4",
     "evaluator.num_samples=32", "evaluator.batch_size=16", "evaluator.teacher_steps=2", "evaluator.grid_images=2",
-    "checkpoint.keep=10",
+    "checkpoint.keep=10", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
+    "method.gan_weight_critic=0.03",
 ]  # fmt: skip
 CHANGES_WITH_THE_CLOCK = ("time/", "throughput/", "memory/", "snapshot/", "eval/seconds", "eval/lag", "data/")
 
