@@ -41,9 +41,10 @@ START_TIMEOUT_S = 180.0
 # Ray's 3 s are too short for a job to write the snapshot that SIGTERM asks for.
 JOB_STOP_WAIT_S = 60
 _PROBE_TIMEOUT_S = 5.0
-_STOP_TIMEOUT_S = 15.0
-# The root ends its own within 3 s, but with a job running it waits for it without end.
-_ROOT_STOP_TIMEOUT_S = 5.0
+# The root ends its own within 3 s; with a job or one of Ray's own detached actors running, the raylet waits for it for
+# 10 s and more, and nothing of a head is worth that.
+_ROOT_STOP_TIMEOUT_S = 3.0
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,7 @@ def _start(state_file: Path) -> Head:
 
     url = _url()
     print(f"raydistill: no Ray head answers at {url}, starting one", file=sys.stderr, flush=True)
-    gcs_port, agent_port, client_port = _free_ports(3)
+    gcs_port, agent_port, client_port = free_ports(3)
     log = state_file.with_suffix(".log")
     command = [
         sys.executable,
@@ -323,7 +324,7 @@ def _last_line(head: Head) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -344,4 +345,18 @@ def _end_tree(root: "psutil.Process") -> None:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
-        _, everything = psutil.wait_procs(everything, timeout=timeout_s if everything else 0)
+        until = time.monotonic() + timeout_s
+        while (
+            everything := [process for process in everything if _runs(process)]
+        ) and time.monotonic() < until:
+            time.sleep(0.1)
+
+
+def _runs(process: "psutil.Process") -> bool:
+    """Whether it has not ended; in a container whose first process reaps nobody, ended ones stay as zombies."""
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

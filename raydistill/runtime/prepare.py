@@ -50,11 +50,15 @@ def _scenes_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / "data" / f"scenes-{config.prepare.num_train}-{config.prepare.num_val}"
 
 
-def prepare_data(config: RunConfig) -> None:
-    """Draw the scenes and write the shards if they are not there; shows its progress. Raises DataError."""
+def prepare_scenes(config: RunConfig) -> None:
+    """Draw the scenes, where the run uses them, if they are not there; shows its progress."""
     scenes = _scenes_folder(config) / "coco"
     if str(scenes) in [config.prepare.coco] + [config.evaluator.coco] * config.evaluator.enabled:
         write_scenes(scenes, num_train=config.prepare.num_train, num_val=config.prepare.num_val)
+
+
+def prepare_shards(config: RunConfig) -> None:
+    """Write the shards of prepare.coco if they are not there; shows its progress. Raises DataError and ConfigError."""
     if config.prepare.coco is None:
         return
     if "://" in config.data.shards or any(mark in config.data.shards for mark in "*?["):

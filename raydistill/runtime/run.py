@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError, PlacementError, TrainingError
+from raydistill.errors import ConfigError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
-from raydistill.runtime.prepare import prepare_data
-from raydistill.runtime.session import STOP_FILE, TEACHER_STEP, request_stop
+from raydistill.runtime.local_cluster import free_ports
+from raydistill.runtime.prepare import prepare_scenes, prepare_shards
+from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
 from raydistill.tracking import journal_is_held
@@ -48,8 +49,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = resolve(config)
     validate(config)
     warn_if_not_exportable(config)
-    prepare_data(config)
-    _prepare_folder(config)
     started = time.time()
     if config.placement.session == "inline":
         _run_inline(config)
@@ -108,6 +107,9 @@ def _run_inline(config: RunConfig) -> None:
     from raydistill.runtime.services import LocalEvaluator, LocalTracker, open_tracker
     from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
 
+    prepare_scenes(config)
+    prepare_shards(config)
+    _prepare_folder(config)
     tracker = open_tracker(config)
 
     class InlineSession:
@@ -149,37 +151,39 @@ def _run_on_ray(config: RunConfig) -> None:
     from raydistill.runtime import actors, ray_train
 
     mine = not ray.is_initialized()
-    if mine and os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="WARNING")
-    elif mine:
-        # "local" rather than what Ray finds: the address of a head that died is remembered, and waited for
-        ray.init(
-            address="local",
-            logging_level="WARNING",
-            object_store_memory=256 * 2**20,
-            dashboard_host="127.0.0.1",
-        )
+    if mine:
+        _connect()
     try:
         ray_train.require_room(config)
-    except PlacementError:
+        _train_on_ray(config, actors.start_tracker(to_dict(config)))
+    finally:
         if mine:
             ray.shutdown()
-        raise
-    tree = to_dict(config)
-    tracker = actors.start_tracker(tree)
-    evaluator = (
-        actors.start_evaluator(tree, config.placement.evaluator_gpus) if config.evaluator.enabled else None
-    )
-    status = "FAILED"
-    opened = False
+
+
+def _train_on_ray(config: RunConfig, tracker: Any) -> None:
+    """The run from its data on; services start as early as they can, because each imports for ten seconds."""
+    import ray
+
+    from raydistill.runtime import actors, ray_train
+
+    gpus = config.placement.evaluator_gpus
+    evaluator = None
+    status, opened = "FAILED", False
     try:
+        prepare_scenes(config)
+        if config.evaluator.enabled and not gpus:
+            evaluator = actors.start_evaluator(to_dict(config), gpus)
+            if not (Path(config.run_dir) / LEDGER).exists():
+                # the answer stays in the evaluator's cache, a failure shows again when the queue asks
+                evaluator.evaluate.remote(TEACHER_STEP)
+        prepare_shards(config)
+        _prepare_folder(config)
+        if config.evaluator.enabled and gpus:
+            evaluator = actors.start_evaluator(to_dict(config), gpus)
         run_id = actors.get(tracker.run_id.remote())
         opened = True
         tracker.params.remote(flatten(config))
-        if evaluator is not None:
-            # while the workers start; the answer stays in the evaluator's cache, a failure shows again when the
-            # queue asks
-            evaluator.evaluate.remote(TEACHER_STEP)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
@@ -196,8 +200,39 @@ def _run_on_ray(config: RunConfig) -> None:
                 ray.get(tracker.finish.remote(status))
             except ray.exceptions.RayError as error:  # must not hide what ended the run
                 log.warning("the tracker could not be closed; its journal is whole: %s", error)
-        if mine:
-            ray.shutdown()
+
+
+def _connect() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one that lives as long as this process.
+
+    The workers learn its address: Ray Train asks its state API whether the controller lives, and without RAY_ADDRESS
+    that asks the head which was started last on the machine, be it another cluster's (the run would lose its workers)
+    or dead (each question takes 40 s).
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        known = "://" not in address and address not in ("auto", "local")
+        ray.init(logging_level="WARNING", runtime_env=_workers_know(address) if known else None)
+        return
+    (port,) = free_ports(1)
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    try:
+        # "local" rather than what Ray finds: the address of a head that died is remembered, and waited for
+        ray.init(
+            address="local",
+            logging_level="WARNING",
+            object_store_memory=256 * 2**20,
+            dashboard_host="127.0.0.1",
+            runtime_env=_workers_know(f"127.0.0.1:{port}"),
+        )
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def _workers_know(address: str) -> dict[str, Any]:
+    return {"env_vars": {"RAY_ADDRESS": address}}
 
 
 def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) -> str:

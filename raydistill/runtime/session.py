@@ -70,6 +70,7 @@ class Session(Protocol):
 
 
 STOP_FILE = "stop_requested"
+LEDGER = "evaluations.json"
 TEACHER_STEP = -1
 """The step under which the teacher's own figures are asked for."""
 
@@ -96,7 +97,7 @@ class EvaluationQueue:
     def __init__(self, evaluator: EvaluatorLike, tracker: TrackerLike, run_dir: str):
         self._evaluator = evaluator
         self._tracker = tracker
-        self._ledger_file = Path(run_dir) / "evaluations.json"
+        self._ledger_file = Path(run_dir) / LEDGER
         self.ledger: dict[str, dict[str, Any]] = (
             json.loads(self._ledger_file.read_text()) if self._ledger_file.is_file() else {}
         )

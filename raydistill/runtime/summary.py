@@ -13,7 +13,7 @@ from raydistill.errors import ConfigError
 from raydistill.models.diffusers_export import export_pipeline, require_exportable
 from raydistill.roles.generator import generator_weights
 from raydistill.runtime.keeper import best_metric
-from raydistill.runtime.session import TEACHER_STEP
+from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.tracking import without_secrets
 
@@ -84,7 +84,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
 
 def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | None]:
     """Figures, None where an evaluation failed, and the best evaluated step."""
-    ledger = json.loads((Path(config.run_dir) / "evaluations.json").read_text())
+    ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
     metric = best_metric(config)
     label = metric.rpartition("_")[2]
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}

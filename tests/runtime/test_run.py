@@ -531,8 +531,9 @@ def test_full_disk_at_a_snapshot_names_the_setting_and_leaves_older_ones_whole(
 ) -> None:
     import resource
 
-    # a run that has two snapshots already
-    quiet = ["tracking.uri=off", "evaluator.enabled=false"]
+    # a run that has two snapshots already, and with constant rates may go on to more updates
+    constant = ["generator.lr_schedule=constant", "critic.lr_schedule=constant"]
+    quiet = ["tracking.uri=off", "evaluator.enabled=false", *constant]
     run(recipe(*settings(output_dir, "full", *quiet, "train.generator_updates=2")))
     snapshots = Snapshots(str(output_dir / "full" / "snapshots"), keep=1)
     before = snapshots.steps()
