@@ -64,11 +64,11 @@ def long() -> RunConfig:
             critic_updates_per_generator=3,
             gan_weight_generator=0.1,
             gan_weight_critic=0.1,
-            gan_start_update=3000,
+            gan_start_update=2500,
         ),
         generator=replace(base.generator, lr=1.5e-4, ema_halflife_images=6400.0),
         critic=replace(base.critic, lr=2e-4, lr_schedule="constant"),
-        train=replace(base.train, generator_updates=5500),
+        train=replace(base.train, generator_updates=5000),
         evaluator=replace(base.evaluator, every=500, teacher_steps=25),
         checkpoint=replace(base.checkpoint, every=250),
     )
