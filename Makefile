@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(VENV)/bin/raydistill submit --stop-head -- python jobs/dmd2_coco.py
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

@@ -4,10 +4,12 @@ Nothing heavy is imported before a command is known, so `raydistill --help` answ
 """
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import json
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -81,7 +83,9 @@ def _guarded(command: Callable[[], int]) -> int:
         if os.environ.get("RAYDISTILL_TRACEBACK"):
             traceback.print_exc()
         sys.stdout.flush()
-        print(f"raydistill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from raydistill.tracking import without_secrets
+
+        print(f"raydistill: error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("raydistill: interrupted", file=sys.stderr)
@@ -194,9 +198,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from raydistill.runtime.commands import export
+    from raydistill.runtime.commands import export, export_difference
 
-    print(export(arguments.run, arguments.out, step=arguments.step, weights=arguments.weights))
+    chosen = {"step": arguments.step, "weights": arguments.weights}
+    print(export(arguments.run, arguments.out, **chosen))
+    if arguments.check:
+        difference = export_difference(arguments.run, arguments.out, prompts=arguments.check, **chosen)
+        print(f"maximum difference of plain diffusers' images from the run's own, of 1: {difference:.1e}")
     return 0
 
 
@@ -216,20 +224,28 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from raydistill.runtime import local_cluster
-    from raydistill.runtime.submit import submit_and_follow
+    from raydistill.runtime.submit import JobGoesOnError, TerminatedError, submit_and_follow
 
     entrypoint = arguments.entrypoint[1:] if arguments.entrypoint[:1] == ["--"] else arguments.entrypoint
     if not entrypoint:
         raise ConfigError(
             "submit needs a command after --, for example: raydistill submit -- python jobs/dmd2_coco.py"
         )
-    started = False
+
+    def terminated(signum: int, frame: object) -> None:
+        raise TerminatedError
+
+    signal.signal(signal.SIGTERM, terminated)
+    stop_head = False
     try:
         if arguments.address == "auto":
-            started = local_cluster.up().started_now
+            stop_head = local_cluster.up().started_now and arguments.stop_head
         result = submit_and_follow(entrypoint, arguments.working_dir, arguments.address)
+    except JobGoesOnError:
+        stop_head = False
+        raise
     finally:
-        if started and arguments.stop_head:
+        if stop_head:
             local_cluster.down()
     if result.message:
         print(result.message, file=sys.stderr)
@@ -250,7 +266,12 @@ def _up(arguments: argparse.Namespace) -> int:
 
 def _down(arguments: argparse.Namespace) -> int:
     from raydistill.runtime import local_cluster
+    from raydistill.runtime.submit import stop_jobs
 
+    head = local_cluster.status()
+    if head is not None and head.pid is not None:
+        with contextlib.suppress(RayDistillError):  # a head that hangs is ended all the same
+            stop_jobs(head.address)
     head = local_cluster.down()
     print(f"stopped the Ray head at {head.address}" if head else "no Ray head of ours runs")
     return 0
@@ -295,6 +316,10 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write a run's generator as a diffusers folder", _EXPORT)
     _add_snapshot_arguments(export)
     export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
+    check = (
+        "load it with plain diffusers and print how far its images of these prompts are from the run's own"
+    )
+    export.add_argument("--check", nargs="+", metavar="PROMPT", help=check)
 
     methods = add("methods", _methods, "the methods, with paper, needs and job")
     methods.add_argument("--json", action="store_true", help="as JSON")

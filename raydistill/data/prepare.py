@@ -170,7 +170,7 @@ class _Writer:
             if others not in ([], ["shard-000000.tar"]):
                 raise DataError(
                     f"{self.out} holds {min(others)}, which this command did not write: choose another folder "
-                    "(--out, or data.shards)"
+                    "(--out, or data.shards), or train on it as it is (prepare.coco=none)"
                 )
             return {}
         try:
@@ -190,8 +190,8 @@ class _Writer:
         ]
         if changes:
             raise DataError(
-                f"{self.out} holds shards of {'; '.join(changes)}: remove it or choose another folder "
-                "(--out, or data.shards)"
+                f"{self.out} holds shards of {'; '.join(changes)}: choose another folder (--out, or data.shards), "
+                "train on it as it is (prepare.coco=none), or remove it"
             )
         return shards
 

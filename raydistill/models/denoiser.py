@@ -31,9 +31,6 @@ class Cond:
     def batch_size(self) -> int:
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
 
-    def select(self, index: slice | Tensor) -> Cond:
-        return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
-
     def to(self, device: torch.device | str) -> Cond:
         return Cond({name: tensor.to(device) for name, tensor in self.tensors.items()})
 

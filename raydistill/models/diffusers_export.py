@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from raydistill.errors import ConfigError
-from raydistill.models.diffusers_hub import diffusers, local_folder, read_json
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.diffusers_hub import diffusers, local_folder, read_json, scheduler_config
 
 
 def export_pipeline(
@@ -31,33 +32,27 @@ def export_pipeline(
     weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained. prediction: as the
     teacher was loaded with.
 
-    Raises ConfigError if the scheduler can't reproduce `timesteps`.
+    Raises ConfigError if the scheduler can't reproduce `timesteps`, CheckpointError if `out` can't be written.
     """
-    folder, scheduler = require_exportable(teacher_path, timesteps, prediction=prediction, revision=revision)
-    if out.exists():
-        shutil.rmtree(out)
-    ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
-    shutil.copytree(folder, out, ignore=ignored)
-    model = diffusers.UNet2DConditionModel
-    unet = model.from_config(model.load_config(folder / "unet"))
-    unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
-    unet.save_pretrained(out / "unet", safe_serialization=True)
-    scheduler.save_pretrained(out / "scheduler")
-    index = read_json(out / "model_index.json", teacher_path)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return out
-
-
-def require_exportable(
-    teacher_path: str, timesteps: Sequence[float], *, prediction: str = "auto", revision: str | None = None
-) -> tuple[Path, Any]:
-    """The teacher's folder and a scheduler for `timesteps`. Raises ConfigError if diffusers has none."""
     folder = local_folder(teacher_path, revision)
-    config = read_json(folder / "scheduler" / "scheduler_config.json", teacher_path)
-    if prediction != "auto":
-        config |= {"prediction_type": prediction}
-    return folder, few_step_scheduler(config, timesteps)
+    config = scheduler_config(teacher_path, prediction=prediction, revision=revision)
+    scheduler = few_step_scheduler(config, timesteps)
+    try:
+        if out.exists():
+            shutil.rmtree(out)
+        ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
+        shutil.copytree(folder, out, ignore=ignored)
+        model = diffusers.UNet2DConditionModel
+        unet = model.from_config(model.load_config(folder / "unet"))
+        unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
+        unet.save_pretrained(out / "unet", safe_serialization=True)
+        scheduler.save_pretrained(out / "scheduler")
+        index = read_json(out / "model_index.json", teacher_path)
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
+    return out
 
 
 def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[float]) -> Any:

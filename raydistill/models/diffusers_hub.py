@@ -124,7 +124,6 @@ class TextToImage:
         tokenizers: Sequence[Any],
         text_encoders: Sequence[nn.Module],
         *,
-        scheduler_config: dict[str, Any],
         fingerprint: str,
         zero_null_prompt: bool,
     ):
@@ -132,7 +131,6 @@ class TextToImage:
         self.vae = vae
         self.tokenizers = list(tokenizers)
         self.text_encoders = list(text_encoders)
-        self.scheduler_config = scheduler_config
         self.fingerprint = fingerprint
         """sha256 over the weights of the UNet, the codec and the text encoders."""
         self._zero_null_prompt = zero_null_prompt
@@ -219,10 +217,7 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
             raise ConfigError(
                 f"teacher.path={path!r} has no {part}/ folder; needed: unet, vae, scheduler, tokenizer, text_encoder"
             )
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", path)
-    if prediction != "auto":
-        scheduler_config = scheduler_config | {"prediction_type": prediction}
-    schedule, predicted = _schedule(path, scheduler_config)
+    schedule, predicted = _schedule(path, scheduler_config(path, prediction=prediction, revision=revision))
 
     safely = {"use_safetensors": True}
     with _loading(path, "unet"):
@@ -246,10 +241,16 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
         vae,
         tokenizers,
         encoders,
-        scheduler_config=scheduler_config,
         fingerprint=_fingerprint([unet, vae, *encoders]),
         zero_null_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
     )
+
+
+def scheduler_config(path: str, *, prediction: str = "auto", revision: str | None = None) -> dict[str, Any]:
+    """A pipeline's scheduler settings, with `prediction` for its own unless auto. Raises ConfigError if it has none."""
+    folder = local_folder(path, revision)
+    config: dict[str, Any] = read_json(folder / "scheduler" / "scheduler_config.json", path)
+    return config if prediction == "auto" else config | {"prediction_type": prediction}
 
 
 def local_folder(path: str, revision: str | None) -> Path:
@@ -319,10 +320,7 @@ def denoiser_on_meta(
     """
     folder = local_folder(path, revision)
     index = read_json(folder / "model_index.json", path)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", path)
-    if prediction != "auto":
-        scheduler_config = scheduler_config | {"prediction_type": prediction}
-    schedule, predicted = _schedule(path, scheduler_config)
+    schedule, predicted = _schedule(path, scheduler_config(path, prediction=prediction, revision=revision))
     text = read_json(folder / "text_encoder" / "config.json", path)
     config = read_json(folder / "unet" / "config.json", path)
     with torch.device("meta"):

@@ -70,8 +70,14 @@ class EvaluatorConfig:
                 f"evaluator.every={self.every} and evaluator.batch_size={self.batch_size} must be at least 1, "
                 f"evaluator.num_samples={self.num_samples} at least 2"
             )
-        if self.threads < 1:
-            raise ConfigError(f"evaluator.threads={self.threads} must be at least 1")
+        for name in ("threads", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluator.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.head_start_s <= 500:
+            raise ConfigError(
+                f"evaluator.head_start_s={self.head_start_s} must be from 0 to 500: "
+                "other workers wait for 600 s at most"
+            )
         if not 1 <= self.grid_images <= self.num_samples:
             raise ConfigError(
                 f"evaluator.grid_images={self.grid_images} must be from 1 to evaluator.num_samples="

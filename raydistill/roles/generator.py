@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raydistill.checkpoint import Snapshot, prefixed, unprefixed
 from raydistill.diffusion.ema import EMA
+from raydistill.errors import ConfigError
 from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
 from raydistill.roles.optimizer import AT_SAMPLES, OptimizerConfig, RoleOptimizer, mean_scalars
@@ -28,6 +29,13 @@ class GeneratorConfig(OptimizerConfig):
     ema_halflife_images: float = 0.0
     """Half-life of the weights' EMA in images, train.batch_size for each generator update; 0 keeps none (DMD2's
     official code has none)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_halflife_images < 0:
+            raise ConfigError(
+                f"generator.ema_halflife_images={self.ema_halflife_images} must not be negative; 0 keeps no EMA"
+            )
 
 
 class GeneratorTrainer:

@@ -43,6 +43,14 @@ class OptimizerConfig:
                 raise ConfigError(
                     f"generator.{name} and critic.{name} must be positive, got {getattr(self, name)}"
                 )
+        if self.lr_gan_stage is not None and not self.lr_gan_stage > 0:
+            raise ConfigError(
+                f"generator.lr_gan_stage and critic.lr_gan_stage must be positive or none, got {self.lr_gan_stage}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"generator.betas and critic.betas must be at least 0 and below 1, got {self.betas}"
+            )
         if self.warmup_steps < 0:
             raise ConfigError(
                 f"generator.warmup_steps and critic.warmup_steps must not be negative, got {self.warmup_steps}"

@@ -44,6 +44,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
 
+    def range(self, number: int) -> tuple[int, int]:
+        """The largest and the smallest of the ranks' numbers; a collective call."""
+        both = torch.tensor([number, -number])
+        self.max_(both)
+        return int(both[0]), -int(both[1])
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; a collective call."""
         if self.size == 1:

@@ -13,7 +13,7 @@ from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.diffusers_hub import TextToImage, diffusers
 from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.services import build_evaluator
@@ -89,7 +89,10 @@ def evaluate(
     """Figures of a run's generator and of its teacher, with the protocol's hash."""
     config, snapshot = open_run(run, step, weights)
     if num_samples is not None:
-        config = replace(config, evaluator=replace(config.evaluator, num_samples=num_samples))
+        columns = min(config.evaluator.grid_images, num_samples)
+        config = replace(
+            config, evaluator=replace(config.evaluator, num_samples=num_samples, grid_images=columns)
+        )
     evaluator = build_evaluator(config)
     answer = evaluator.evaluate(snapshot)
     figures: dict[str, object] = dict(answer.metrics | evaluator.evaluate_teacher().metrics)
@@ -102,3 +105,38 @@ def export(run: str, out: str, *, step: int | None = None, weights: Weights | No
         raise ConfigError(f"{out} exists already; give a new folder")
     config, snapshot = open_run(run, step, weights)
     return export_snapshot(config, snapshot, Path(out))
+
+
+@torch.no_grad()
+def export_difference(
+    run: str,
+    out: str,
+    *,
+    prompts: Sequence[str],
+    step: int | None = None,
+    weights: Weights | None = None,
+    seed: int = 0,
+) -> float:
+    """Largest difference between the images of an exported folder in plain diffusers and the run's own.
+
+    One image a prompt, values from 0 to 1, the same noise for both.
+    """
+    config, snapshot = open_run(run, step, weights)
+    pipeline = build_pipeline(config)
+    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights))
+    noise = Draws(seed).normal("sample/noise", 0, range(len(prompts)), pipeline.latent_shape)
+    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+    latents = build_method(config, pipeline).sample(
+        pipeline.denoiser,
+        pipeline.encode_text(prompts),
+        noise,
+        lambda number: torch.randn(noise.shape, generator=ours),
+    )
+    expected = (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(out)
+    loaded.set_progress_bar_config(disable=True)
+    images = loaded(
+        list(prompts), num_inference_steps=len(config.method.timesteps), guidance_scale=1.0,
+        latents=noise, generator=theirs, output_type="pt",
+    ).images  # fmt: skip
+    return float((images - expected).abs().max())

@@ -92,7 +92,7 @@ class Keeper:
         if step == 0 and not self.snapshots.steps():
             self._save()
             self._committed(self.writer.wait())
-        if self.queue and not self.config.placement.evaluator_gpus:
+        if step == 0 and self.queue and not self.config.placement.evaluator_gpus:
             self.queue.wait(step, self.config.evaluator.head_start_s)
 
     def after_update(self, values: dict[str, float]) -> None:

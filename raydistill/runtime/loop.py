@@ -5,7 +5,8 @@
                 DMD2's published order), the others on fresh ones
 
 Ranks hold copies of all roles and slices of every batch. Rank 0 also has a `Keeper`, which logs, writes snapshots in
-a thread of its own and keeps the evaluation queue; no update waits for either.
+a thread of its own and keeps the evaluation queue. No update waits for an evaluation; one that begins a snapshot waits
+for the snapshot before it and for the journal.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from raydistill.checkpoint import Snapshots
 from raydistill.data.reader import Batch, ShardReader
 from raydistill.data.shards import ShardSet
 from raydistill.diffusion.random import Draws
-from raydistill.errors import CheckpointError, TrainingError
+from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.methods.method import Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, frozen_weights
 from raydistill.models.diffusers_hub import TextToImage
@@ -279,6 +280,12 @@ def train(config: RunConfig, session: Session) -> Progress:
         snapshots.discard_unfinished()
     session.world.barrier()
     resume(trainer, snapshots)
+    newest, oldest = session.world.range(trainer.progress.generator_updates)
+    if newest != oldest:
+        raise ConfigError(
+            f"ranks resume from different snapshots, updates {oldest} to {newest}: all nodes must see one "
+            f"output_dir={config.output_dir!r}"
+        )
     start = trainer.progress.generator_updates
     if start == 0 and config.teacher.preflight:
         figures = trainer.preflight()
@@ -295,7 +302,10 @@ def train(config: RunConfig, session: Session) -> Progress:
         try:
             values = trainer.window()
         except TrainingError as error:
-            where = write_replay(trainer, config, error)
+            try:
+                where = write_replay(trainer, config, error)
+            except CheckpointError as full:
+                where = f"no replay of it could be written: {full}"
             session.world.barrier()  # all ranks fail together, and the first one to end takes the others with it
             raise TrainingError(f"{error}; {where}") from error
         if keeper:

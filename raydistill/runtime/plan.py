@@ -51,7 +51,6 @@ class Plan:
     gflop_per_forward: float
     """Of one sample through the UNet."""
     batch_size: int
-    workers: int
 
     @property
     def total_bytes(self) -> int:
@@ -81,15 +80,6 @@ class Plan:
             f"  {'together':<18}{total:>8.2f}   ({tflop:.3f} TFLOP; encoder half e = {self.encoder_share:.2f})"
         )
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "bytes": {name: vars(role) | {"total": role.total} for name, role in self.bytes_by_role.items()},
-            "total_bytes": self.total_bytes,
-            "forwards": self.forwards,
-            "encoder_share": self.encoder_share,
-            "gflop_per_forward": self.gflop_per_forward,
-        }
 
 
 def plan(config: RunConfig) -> Plan:
@@ -150,7 +140,7 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
             int(activations * critic_graphs),
         ),
     }
-    return Plan(roles, forwards, share, full / micro / 1e9, config.train.batch_size, config.placement.workers)
+    return Plan(roles, forwards, share, full / micro / 1e9, config.train.batch_size)
 
 
 def _flops(call: Any) -> int:

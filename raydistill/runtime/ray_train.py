@@ -29,6 +29,7 @@ from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requeste
 from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict, without_secret_settings
 
 _PREEMPTION_EVERY = 20
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _FAILURE_FILE = "failure.json"
 
 
@@ -103,6 +104,10 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
     failure = Path(config.run_dir) / _FAILURE_FILE
     failure.unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # its 2 s would throttle reports
+    # no node but this one can go away, and every process of Ray's wakes a hundred times a second
+    unwatched = sum(node["Alive"] for node in ray.nodes()) == 1 and _WATCHER not in os.environ
+    if unwatched:
+        os.environ[_WATCHER] = "0"
     resources: dict[str, float] = {"CPU": cpus}
     if config.placement.gpus_per_worker:
         resources["GPU"] = config.placement.gpus_per_worker
@@ -134,9 +139,12 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
             if told is not None:
                 raise told from error
             raise TrainingError(
-                f"training failed {config.placement.max_failures + 1} times (placement.max_failures="
-                f"{config.placement.max_failures}); the last reason: {str(error).strip().splitlines()[-1]}"
+                f"training failed (placement.max_failures={config.placement.max_failures}); the last reason: "
+                f"{str(error).strip().splitlines()[-1]}"
             ) from error
+    finally:
+        if unwatched:
+            del os.environ[_WATCHER]
     if failure.exists():
         told = json.loads(failure.read_text())
         raise getattr(errors, told["kind"])(told["message"])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError, TrainingError
+from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.local_cluster import free_ports
 from raydistill.runtime.prepare import prepare_scenes, prepare_shards
@@ -49,7 +49,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = resolve(config)
     validate(config)
     warn_if_not_exportable(config)
-    started = time.time()
+    _check_folder(config)
     if config.placement.session == "inline":
         _run_inline(config)
     else:
@@ -59,9 +59,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise InterruptedRunError(
             f"stopped at update {newest} as asked; the same command goes on from its snapshot"
         )
-    return json.loads((Path(config.run_dir) / "summary.json").read_text()) | {
-        "elapsed_s": time.time() - started
-    }
+    summary: dict[str, Any] = json.loads((Path(config.run_dir) / "summary.json").read_text())
+    return summary
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -82,6 +81,7 @@ def resolve(config: RunConfig) -> RunConfig:
         ),
         prepare=replace(config.prepare, coco=_absolute(config.prepare.coco)),
         evaluator=replace(config.evaluator, coco=_absolute(config.evaluator.coco)),
+        tracking=replace(config.tracking, uri=_absolute_sqlite(config.tracking.uri)),
     )
     return builtin_paths(config)
 
@@ -96,6 +96,11 @@ def _absolute(path: Path_, *, only_if_there: bool = False) -> Path_:
     ):
         return path
     return str(Path.cwd() / path)
+
+
+def _absolute_sqlite(uri: str | None) -> str | None:
+    prefix = "sqlite:///"
+    return prefix + os.path.abspath(uri.removeprefix(prefix)) if uri and uri.startswith(prefix) else uri
 
 
 def _run_inline(config: RunConfig) -> None:
@@ -131,9 +136,9 @@ def _run_inline(config: RunConfig) -> None:
         def milestone(self, metrics: dict[str, float]) -> None:
             pass
 
-    tracker.params(flatten(config))
     status = "FAILED"
     try:
+        tracker.params(flatten(config))
         with _stop_on_sigterm(config.run_dir), show_progress(config, tracker.progress):
             loop.train(config, InlineSession())
         status = _close(config, tracker.run_id, tracker.artifact)
@@ -183,7 +188,7 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
             evaluator = actors.start_evaluator(to_dict(config), gpus)
         run_id = actors.get(tracker.run_id.remote())
         opened = True
-        tracker.params.remote(flatten(config))
+        actors.get(tracker.params.remote(flatten(config)))
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
@@ -200,6 +205,9 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
                 ray.get(tracker.finish.remote(status))
             except ray.exceptions.RayError as error:  # must not hide what ended the run
                 log.warning("the tracker could not be closed; its journal is whole: %s", error)
+        for actor in (tracker, evaluator):
+            if actor is not None:
+                ray.kill(actor)
 
 
 def _connect() -> None:
@@ -214,10 +222,15 @@ def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address:
         known = "://" not in address and address not in ("auto", "local")
-        ray.init(logging_level="WARNING", runtime_env=_workers_know(address) if known else None)
+        try:
+            ray.init(logging_level="WARNING", runtime_env=_workers_know(address) if known else None)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise PlacementError(
+                f"RAY_ADDRESS={address!r} can't be joined: {error}; unset it to start a Ray of this run's own"
+            ) from error
         return
-    (port,) = free_ports(1)
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    mine = "RAY_GCS_SERVER_PORT" not in os.environ
+    port = os.environ.setdefault("RAY_GCS_SERVER_PORT", str(free_ports(1)[0]))
     try:
         # "local" rather than what Ray finds: the address of a head that died is remembered, and waited for
         ray.init(
@@ -228,7 +241,8 @@ def _connect() -> None:
             runtime_env=_workers_know(f"127.0.0.1:{port}"),
         )
     finally:
-        del os.environ["RAY_GCS_SERVER_PORT"]
+        if mine:
+            del os.environ["RAY_GCS_SERVER_PORT"]
 
 
 def _workers_know(address: str) -> dict[str, Any]:
@@ -241,25 +255,29 @@ def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) 
         return "KILLED"
     path = summarise(config, run_id)
     artifact(str(path), "")
+    if config.evaluator.enabled:
+        artifact(f"{config.run_dir}/{LEDGER}", "")  # the protocol beside every figure
     return "FINISHED"
+
+
+def _check_folder(config: RunConfig) -> None:
+    """Refuse, before anything starts and with a finished run's record untouched, what could not go on."""
+    if journal_is_held(config.run_dir):
+        raise ConfigError(
+            f"a run of name={config.name!r} is going on in {config.run_dir}: choose another name, or wait for it"
+        )
+    newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).latest()
+    if config.resume and newest is not None:
+        require_same_settings(config, newest.step, newest.manifest)
 
 
 def _prepare_folder(config: RunConfig) -> None:
     folder = Path(config.run_dir)
-    if journal_is_held(config.run_dir):
-        raise ConfigError(
-            f"a run of name={config.name!r} is going on in {folder}: choose another name, or wait for it"
-        )
     if folder.exists() and not config.resume:
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         log.warning("resume=false: the earlier run was set aside as %s", aside)
     folder.mkdir(parents=True, exist_ok=True)
-    # before the tracker opens the run: a refusal must leave a finished run's record alone
-    snapshots = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep)
-    newest = snapshots.latest()
-    if newest is not None:
-        require_same_settings(config, newest.step, newest.manifest)
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 
@@ -271,8 +289,8 @@ def _stop_on_sigterm(run_dir: str) -> Iterator[None]:
         return
 
     def ask(signum: int, frame: object) -> None:
-        sys.stderr.write("raydistill: SIGTERM: writing a snapshot, then stopping\n")
         request_stop(run_dir)
+        os.write(2, b"raydistill: SIGTERM: writing a snapshot, then stopping\n")  # sys.stderr may be in use
 
     before = signal.signal(signal.SIGTERM, ask)
     try:

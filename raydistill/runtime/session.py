@@ -66,7 +66,7 @@ class Session(Protocol):
         """Whether a node is about to go away and a snapshot should be written now; true once; called by all ranks."""
 
     def milestone(self, metrics: dict[str, float]) -> None:
-        """Tell whoever coordinates the run that a snapshot was committed; called by all ranks together."""
+        """Tell whoever coordinates the run that a snapshot's update was reached; called by all ranks together."""
 
 
 STOP_FILE = "stop_requested"
@@ -97,6 +97,7 @@ class EvaluationQueue:
     def __init__(self, evaluator: EvaluatorLike, tracker: TrackerLike, run_dir: str):
         self._evaluator = evaluator
         self._tracker = tracker
+        self._run_dir = run_dir
         self._ledger_file = Path(run_dir) / LEDGER
         self.ledger: dict[str, dict[str, Any]] = (
             json.loads(self._ledger_file.read_text()) if self._ledger_file.is_file() else {}
@@ -150,24 +151,25 @@ class EvaluationQueue:
             self._tracker.artifact_bytes(evaluation.grid_png, f"grid_{step:08d}.png", "grids")
             self._tracker.tags({"protocol_hash": str(evaluation.protocol.get("hash", ""))})
         self._tracker.metrics(metrics, max(step, 0))
+        self._forget_other_protocols(evaluation.protocol)
         # a figure counts as answered only once it is in the journal
         self._tracker.sync()
         self._record(step, {"state": "done", "metrics": evaluation.metrics, "protocol": evaluation.protocol})
         self._start_next()
 
     def wait(self, now: int, timeout_s: float) -> None:
-        """Wait for what was asked for, for `timeout_s` at most."""
+        """Wait for what was asked for, for `timeout_s` at most and until the run is asked to stop."""
         until = time.monotonic() + timeout_s
-        while (self._running is not None or self._waiting) and time.monotonic() < until:
+        while self.pending_steps() and time.monotonic() < until and not stop_requested(self._run_dir):
             self._start_next()
             self.poll(now, timeout_s=min(1.0, timeout_s))
 
     def drain(self, now: int) -> None:
-        """Wait for everything that was asked for."""
+        """Wait for everything that was asked for; a run that is asked to stop leaves it to the next process."""
         told = time.monotonic()
-        while self._running is not None or self._waiting:
+        while self.pending_steps() and not stop_requested(self._run_dir):
             self._start_next()
-            self.poll(now, timeout_s=5.0)
+            self.poll(now, timeout_s=1.0)
             if time.monotonic() - told > _TELL_S:
                 told = time.monotonic()
                 log.warning("waiting for the evaluation of step(s) %s", sorted(self.pending_steps()))
@@ -184,6 +186,24 @@ class EvaluationQueue:
             step, _ = self._waiting.pop(0)
             self._evaluator.start(step)
             self._running = step
+
+    def _forget_other_protocols(self, protocol: Mapping[str, Any]) -> None:
+        """Figures made with other references, captions or detectors are no curve together with this one."""
+        sampling = ("sampler", "num_steps", "guidance_scale", "hash")  # in these the teacher's differ
+        data = {name: value for name, value in protocol.items() if name not in sampling}
+        others = [
+            step
+            for step, entry in self.ledger.items()
+            if entry["state"] == "done" and any(entry["protocol"].get(k) != v for k, v in data.items())
+        ]
+        if others:
+            log.warning(
+                "the figures of step(s) %s were made under another protocol (evaluator.coco or prepare.num_val "
+                "changed) and are left out from here on",
+                ", ".join(others),
+            )
+        for step in others:
+            del self.ledger[step]
 
     def _count(self, state: str) -> int:
         return sum(entry["state"] == state for entry in self.ledger.values())

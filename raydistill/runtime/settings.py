@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -164,10 +165,17 @@ RESUMABLE_CHANGES = (
 train.generator_updates, if learning rates don't depend on it."""
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OUR_FOLDERS = ("data", "teacher_figures", "mlflow.db", "mlartifacts")
+
+
 def validate(config: RunConfig) -> None:
     """Check what can be checked without loading a network; raises ConfigError or PlacementError."""
-    if not config.name or "/" in config.name:
-        raise ConfigError(f"name={config.name!r} must be a plain folder name")
+    if not _NAME.fullmatch(config.name) or config.name in _OUR_FOLDERS:
+        raise ConfigError(
+            f"name={config.name!r} must be of letters, digits, '.', '_' and '-', begin with a letter or digit, and "
+            f"be none of {', '.join(_OUR_FOLDERS)}"
+        )
     train, workers = config.train, config.placement.workers
     for name in ("generator_updates", "batch_size", "log_every"):
         if getattr(train, name) < 1:
@@ -175,6 +183,14 @@ def validate(config: RunConfig) -> None:
     for name in ("every", "keep"):
         if getattr(config.checkpoint, name) < 1:
             raise ConfigError(f"checkpoint.{name}={getattr(config.checkpoint, name)} must be at least 1")
+    for name in ("num_train", "num_val", "samples_per_shard"):
+        if getattr(config.prepare, name) < 1:
+            raise ConfigError(f"prepare.{name}={getattr(config.prepare, name)} must be at least 1")
+    if train.micro_batch_size is not None and train.micro_batch_size < 1:
+        raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
+    for name in ("cpus_per_worker", "gpus_per_worker", "evaluator_gpus"):
+        if getattr(config.placement, name) < 0:
+            raise PlacementError(f"placement.{name}={getattr(config.placement, name)} must not be negative")
     if workers < 1:
         raise PlacementError(f"placement.workers={workers} must be at least 1")
     if config.placement.session == "inline" and workers > 1:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from raydistill.errors import RayDistillError
 from raydistill.runtime import local_cluster
+from raydistill.tracking import without_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -28,6 +29,14 @@ _POLL_S = 1.0
 _DRAIN_S = 3.0
 # A stream that has told nothing for this long may hang; attaching again costs one reading of the log.
 _SILENCE_S = 60.0
+
+
+class JobGoesOnError(KeyboardInterrupt):
+    """Ctrl-C, and the person who pressed it wants the job to go on."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM to the process that follows a job: nobody is there to be asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ def submit_and_follow(
     With `address="auto"` the job runs in `working_dir` itself, on this machine's head, which is started if
     there is none. With the URL of a head, `working_dir` is uploaded, and what the job writes stays on the
     cluster. Ctrl-C asks whether to stop the job (without a terminal it is stopped) and then raises
-    KeyboardInterrupt.
+    KeyboardInterrupt, JobGoesOnError if the answer was no.
 
     Args:
         entrypoint: the command and its arguments, for example `["python", "jobs/dmd2_coco.py"]`.
@@ -80,7 +89,7 @@ def submit_and_follow(
     else:
         submission_id = _submit(client, command, {"working_dir": str(folder)}, lost_after_s)
     where = f"{submission_id} at {client.get_address()}"
-    print(f"raydistill: job {where}: {command}", file=sys.stderr, flush=True)
+    print(f"raydistill: job {where}: {without_secrets(command)}", file=sys.stderr, flush=True)
     return follow(client, submission_id, write=write, lost_after_s=lost_after_s)
 
 
@@ -132,8 +141,10 @@ def follow(
     log = _Output(write or _to_stdout)
     try:
         details = asyncio.run(_follow(client, submission_id, log, lost_after_s))
-    except KeyboardInterrupt:
-        _interrupted(client, submission_id, log, lost_after_s)
+    except KeyboardInterrupt as interrupt:
+        if not isinstance(interrupt, TerminatedError) and _is_to_go_on(client, submission_id):
+            raise JobGoesOnError from None
+        _stop(client, submission_id, log, lost_after_s)
         raise
     status = str(getattr(details.status, "value", details.status))
     exit_code, message = details.driver_exit_code, ""
@@ -146,6 +157,30 @@ def follow(
         exit_code=exit_code,
         message=message or "",
     )
+
+
+def stop_jobs(address: str) -> list[str]:
+    """Ask every job that runs on a head to stop, wait until it has written what it keeps; returns their ids.
+
+    Raises RayDistillError if the head does not answer.
+    """
+    client = connect(address)
+
+    def running() -> list[str]:
+        jobs = [job for job in client.list_jobs() if not job.status.is_terminal()]
+        return [job.submission_id for job in jobs if job.submission_id]
+
+    try:
+        stopped = running()
+        for submission_id in stopped:
+            print(f"raydistill: stopping job {submission_id}", file=sys.stderr, flush=True)
+            client.stop_job(submission_id)
+        deadline = time.monotonic() + local_cluster.JOB_STOP_WAIT_S + 5.0
+        while set(stopped) & set(running()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    except (OSError, RuntimeError) as error:
+        raise RayDistillError(f"{address} could not stop its jobs: {error}") from error
+    return stopped
 
 
 class _Output:
@@ -227,21 +262,25 @@ async def _end(stream: asyncio.Task[None]) -> None:
     await asyncio.wait({stream})
 
 
-def _interrupted(
-    client: "JobSubmissionClient", submission_id: str, log: _Output, lost_after_s: float
-) -> None:
-    """Ctrl-C while following: leave the job running if a person says so, else stop it and wait for it."""
-    if sys.stdin is not None and sys.stdin.isatty():
-        try:
-            answer = input(f"\nStop job {submission_id} too? [Y/n] ")
-        except (EOFError, KeyboardInterrupt):
-            answer = "n"
-        if answer.strip().lower() in ("n", "no"):
-            print(
-                f"job {submission_id} goes on; `ray job logs --follow {submission_id}` shows it",
-                file=sys.stderr,
-            )
-            return
+def _is_to_go_on(client: "JobSubmissionClient", submission_id: str) -> bool:
+    """Ask the person at the terminal, if there is one; Ctrl-C again means yes."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return False
+    try:
+        answer = input(f"\nStop job {submission_id} too? [Y/n] ")
+    except (EOFError, KeyboardInterrupt):
+        answer = "n"
+    if answer.strip().lower() not in ("n", "no"):
+        return False
+    address = f"{local_cluster.__name__}://{client.get_address().rpartition('//')[2]}"
+    print(
+        f"job {submission_id} goes on; `ray job logs --address {address} --follow {submission_id}` shows it",
+        file=sys.stderr,
+    )
+    return True
+
+
+def _stop(client: "JobSubmissionClient", submission_id: str, log: _Output, lost_after_s: float) -> None:
     print(f"raydistill: stopping job {submission_id}", file=sys.stderr, flush=True)
     try:
         client.stop_job(submission_id)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.checkpoint import Snapshot, Snapshots
-from raydistill.errors import ConfigError
-from raydistill.models.diffusers_export import export_pipeline, require_exportable
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.diffusers_export import export_pipeline, few_step_scheduler
+from raydistill.models.diffusers_hub import scheduler_config
 from raydistill.roles.generator import generator_weights
 from raydistill.runtime.keeper import best_metric
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, teacher_folder
-from raydistill.tracking import without_secrets
+from raydistill.tracking import OFF, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +52,23 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     try:
         exported = export_snapshot(config, best, folder / "export")
         summary |= {"exported_step": best.step, "export": str(exported)}
-    except (ConfigError, OSError) as error:  # told of at the start (timesteps), or a full disk
+    except (ConfigError, CheckpointError) as error:  # told of at the start (timesteps), or a full disk
         summary |= {"exported_step": None, "export": None, "export_error": str(error)}
     path = folder / "summary.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"can't write {path} (output_dir): {error.strerror or error}") from error
     return path
 
 
 def warn_if_not_exportable(config: RunConfig) -> None:
-    """Say before training what the export at its end would find out."""
+    """Say before training what the export at its end would find out. Raises ConfigError if there is no teacher."""
+    scheduler = scheduler_config(teacher_folder(config.teacher), revision=config.teacher.revision)
     try:
-        require_exportable(
-            teacher_folder(config.teacher), config.method.timesteps, revision=config.teacher.revision
-        )
+        few_step_scheduler(scheduler, config.method.timesteps)
     except ConfigError as error:
         log.warning("the generator can be trained and sampled, but not exported: %s", error)
 
@@ -113,6 +116,14 @@ def _cell(value: float | None) -> str:
     return "failed" if value is None else f"{value:.3f}"
 
 
+def _where_to_compare(uri: str, run_dir: str) -> str:
+    if uri == OFF:
+        return f"{run_dir}/metrics.jsonl (tracking.uri={OFF})"
+    if uri.startswith("http"):
+        return uri
+    return f"{Path(sys.executable).with_name('mlflow')} ui --host 127.0.0.1 --backend-store-uri {uri}"
+
+
 def table(summary: dict[str, Any]) -> str:
     """The result as a person wants to read it."""
     steps = summary["generator_steps"]
@@ -144,6 +155,5 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"not exported: {summary['export_error']}")
     else:
         lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
-    mlflow = Path(sys.executable).with_name("mlflow")
-    lines.append(f"compare runs: {mlflow} ui --host 127.0.0.1 --backend-store-uri {summary['mlflow_uri']}")
+    lines.append(f"compare runs: {_where_to_compare(summary['mlflow_uri'], summary['run_dir'])}")
     return "\n".join(lines)

@@ -10,10 +10,11 @@ restart. This package is the only place that imports mlflow, and it does so when
 from raydistill.tracking.journal import journal_is_held, previous_run_id
 from raydistill.tracking.mlflow_run import without_secrets
 from raydistill.tracking.names import METRICS, check_metric_names
-from raydistill.tracking.tracker import Tracker, TrackingConfig
+from raydistill.tracking.tracker import OFF, Tracker, TrackingConfig
 
 __all__ = [
     "METRICS",
+    "OFF",
     "Tracker",
     "TrackingConfig",
     "check_metric_names",

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydistill.cli import main
 from raydistill.errors import ConfigError, RayDistillError
 from raydistill.runtime import local_cluster
 from raydistill.runtime.submit import connect, submit_and_follow
@@ -87,6 +88,12 @@ def head() -> Iterator[tuple[dict[str, str], local_cluster.Head]]:
         yield env, first
         use(patch, env)
         local_cluster.down()
+
+
+def runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def tree(head: local_cluster.Head) -> list[psutil.Process]:
@@ -178,17 +185,22 @@ def test_a_broken_log_stream_is_attached_again_and_the_exit_code_is_the_jobs(
     assert (result.status, result.exit_code) == ("FAILED", 3)
 
 
-@pytest.mark.ray
-def test_ctrl_c_stops_the_job_which_may_write_its_snapshot_first(
-    head: tuple[dict[str, str], local_cluster.Head], tmp_path: Path
-) -> None:
-    env, _ = head
-    (tmp_path / "job.py").write_text(
-        "import signal, sys, time\n"
-        "def stop(*_):\n    time.sleep(4)\n    print('snapshot written')\n    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, stop)\nprint('working')\ntime.sleep(300)\n"
-    )
-    command = [sys.executable, "-m", "raydistill.cli", "submit", "--working-dir", str(tmp_path), "--"]
+JOB_WITH_A_SNAPSHOT = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(4)
+    print("snapshot written")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("working")
+time.sleep(300)
+"""
+
+
+def follow_until_it_works(env: dict[str, str], folder: Path) -> "tuple[subprocess.Popen[str], str]":
+    """A `raydistill submit` whose job has begun, and its output so far."""
+    (folder / "job.py").write_text(JOB_WITH_A_SNAPSHOT)
+    command = [sys.executable, "-m", "raydistill.cli", "submit", "--working-dir", str(folder), "--"]
     child = subprocess.Popen(
         [*command, "python", "job.py"],
         env=env | {"PYTHONUNBUFFERED": "1"},
@@ -203,10 +215,37 @@ def test_ctrl_c_stops_the_job_which_may_write_its_snapshot_first(
     seen = ""
     while "working\n" not in seen and (line := child.stdout.readline()):
         seen += line
-    child.send_signal(signal.SIGINT)
+    return child, seen
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_sigterm_stops_the_job_which_may_write_its_snapshot_first(
+    head: tuple[dict[str, str], local_cluster.Head], tmp_path: Path, number: int
+) -> None:
+    child, seen = follow_until_it_works(head[0], tmp_path)
+    child.send_signal(number)
     rest = child.communicate(timeout=60)[0]
     assert "snapshot written" in rest, seen + rest
     assert child.returncode == 130
+
+
+@pytest.mark.ray
+def test_down_lets_running_jobs_write_their_snapshots(tmp_path: Path) -> None:
+    with own_home(token=None) as env, pytest.MonkeyPatch.context() as patch:
+        use(patch, env)
+        started = local_cluster.up()
+        try:
+            child, seen = follow_until_it_works(env, tmp_path)
+            with pytest.raises(SystemExit) as ended:
+                main(["down"])
+            rest = child.communicate(timeout=120)[0]
+        finally:
+            local_cluster.down()
+        assert ended.value.code == 0
+        assert "snapshot written" in rest, seen + rest
+        assert started.pid is not None
+        assert not psutil.pid_exists(started.pid) or not runs(psutil.Process(started.pid))
 
 
 @pytest.mark.ray
@@ -244,7 +283,7 @@ def test_a_head_that_dies_under_a_job_is_reported_and_not_waited_for() -> None:
                     lost_after_s=2.0,
                 )
             assert time.monotonic() - stopped_at[0] < 60
-            assert not any(process.is_running() for process in processes)
+            assert not any(runs(process) for process in processes)
             assert local_cluster.status() is None
         finally:
             local_cluster.down()

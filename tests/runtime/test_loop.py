@@ -206,6 +206,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     config = tiny_config(train={"micro_batch_size": 4}, **SMOOTH)
+    assert World(rank, 2).range(10 + rank) == (11, 10)
     trainer = tiny_trainer(config, World(rank, 2))
     values = [trainer.window() for _ in range(3)]
     torch.save({"weights": weights(trainer), "values": [figures(v) for v in values]}, f"{folder}/{rank}.pt")

@@ -7,8 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from raydistill.errors import (
 )
 from raydistill.models.diffusers_hub import diffusers
 from raydistill.runtime.build import build_pipeline
-from raydistill.runtime.commands import evaluate, export, open_run, sample, sample_images
+from raydistill.runtime.commands import evaluate, export, export_difference, open_run, sample, sample_images
 from raydistill.runtime.run import resolve, run
 from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig
@@ -51,12 +52,19 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def settings(output_dir: Path, name: str, *more: str) -> list[str]:
     return [f"output_dir={output_dir}", f"name={name}", "placement.session=inline", *SMALL, *more]
 
 
-def job(*overrides: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def job(*overrides: str, **environment: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     return subprocess.Popen(
         [sys.executable, str(JOB), *overrides],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -294,12 +302,16 @@ def test_evaluator_tracker_and_rank_may_be_killed_under_ray_and_no_figure_is_los
 
 @pytest.mark.ray
 def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_sums_only(
-    whole: Path, output_dir: Path
+    whole: Path, output_dir: Path, short_folder: Path
 ) -> None:
+    # where Ray's workers look for a cluster unless they are told: here, one that is gone
+    (short_folder / "ray").mkdir()
+    (short_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     overrides = settings(
         output_dir, "two_workers", "placement.session=ray", "placement.workers=2", "evaluator.enabled=false"
     )
-    finish(job(*overrides), timeout_s=400)
+    output = finish(job(*overrides, RAY_TMPDIR=str(short_folder)), timeout_s=400)
+    assert "PlacementGroupCleaner" not in output
     one, two = points(whole), points(output_dir / "two_workers")
     # only the first update's losses come before Adam has divided by tiny gradients
     for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax", "sample/std"):
@@ -336,6 +348,7 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     assert (
         json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     )
+    assert export_difference(str(whole), str(out), prompts=["a red circle", "a square"], step=6) < 2e-4
     config, snapshot = open_run(str(whole), 6, None)
     assert config.evaluator.weights == "ema"
     pipeline = build_pipeline(config)
@@ -415,6 +428,16 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
         (["method.timesteps=[1500]"], ConfigError, r"method\.timesteps"),
         (["teacher.prediction=v_prediction"], ConfigError, r"preflight: .*set teacher\.prediction=epsilon"),
         (["output_dir=s3://bucket/runs"], ConfigError, r"output_dir"),
+        (["name=data", "resume=false"], ConfigError, r"name='data'"),
+        (["name=.."], ConfigError, r"name='\.\.'"),
+        (["train.micro_batch_size=0"], ConfigError, r"train\.micro_batch_size=0"),
+        (["generator.lr_gan_stage=-1"], ConfigError, r"generator\.lr_gan_stage"),
+        (["generator.betas=[0,1]"], ConfigError, r"generator\.betas"),
+        (["generator.ema_halflife_images=-1"], ConfigError, r"generator\.ema_halflife_images=-1"),
+        (["evaluator.teacher_steps=0"], ConfigError, r"evaluator\.teacher_steps=0"),
+        (["evaluator.head_start_s=900"], ConfigError, r"evaluator\.head_start_s=900"),
+        (["prepare.num_train=0"], ConfigError, r"prepare\.num_train=0"),
+        (["placement.evaluator_gpus=-1"], PlacementError, r"placement\.evaluator_gpus=-1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -424,6 +447,15 @@ def test_bad_input_is_one_line_that_names_the_setting(
     with pytest.raises(error, match=named) as caught:
         run(recipe(*settings(output_dir, "bad", *overrides)))
     assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.ray
+def test_bad_data_under_ray_is_one_line_and_no_run_is_opened(output_dir: Path) -> None:
+    process = job(*settings(output_dir, "bad_ray", "placement.session=ray", "prepare.coco=/nowhere"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert re.search(r"raydistill: error: .*/nowhere", output)
+    assert not (output_dir / "bad_ray").exists()
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "long"], ["--preset", "four_step"]], ids=str)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from raydistill.errors import EvaluatorError
 from raydistill.roles.evaluator import Evaluation
-from raydistill.runtime.session import EvaluationQueue, request_stop, stop_requested
+from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, request_stop, stop_requested
 
 
 class SlowEvaluator:
@@ -14,6 +14,7 @@ class SlowEvaluator:
         self.asked: list[int] = []
         self.ready = False
         self.deadly: set[int] = set()
+        self.references = "one"
 
     def start(self, step: int) -> None:
         self.asked.append(step)
@@ -25,7 +26,8 @@ class SlowEvaluator:
         step = self.asked[-1]
         if step in self.deadly:
             raise EvaluatorError("the actor died")
-        return Evaluation({"eval/toyfid_10": float(abs(step - 30))}, {"hash": "h"}, b"png")
+        protocol = {"hash": f"h{self.references}", "reference_sha256": self.references, "num_steps": step}
+        return Evaluation({"eval/toyfid_10": float(abs(step - 30))}, protocol, b"png")
 
 
 class Notes:
@@ -112,6 +114,38 @@ def test_evaluation_that_kills_the_evaluator_costs_itself_only_and_is_asked_agai
     for step in (0, 10, 20):
         queue.submit(step, must=True)
     assert again.asked == [10]
+
+
+def test_figures_of_other_references_are_no_curve_with_new_ones(tmp_path: Path) -> None:
+    evaluator, notes = SlowEvaluator(), Notes()
+    queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
+    for step in (TEACHER_STEP, 30):
+        queue.submit(step, must=True)
+        answer(queue, evaluator, now=31)
+    # the teacher's sampler differs from the generator's, and that is no other protocol
+    assert queue.best_step("eval/toyfid_10") == 30
+    assert set(queue.ledger) == {"-1", "30"}
+    evaluator.references = "two"
+    queue.submit(40, must=True)
+    answer(queue, evaluator, now=41)
+    assert queue.best_step("eval/toyfid_10") == 40
+    assert set(queue.ledger) == {"40"}
+
+
+def test_waiting_ends_with_the_answer_the_time_or_a_request_to_stop(tmp_path: Path) -> None:
+    evaluator, notes = SlowEvaluator(), Notes()
+    queue = EvaluationQueue(evaluator, notes, str(tmp_path))  # type: ignore[arg-type]
+    queue.submit(0, must=True)
+    queue.wait(0, timeout_s=0.01)
+    assert queue.pending_steps() == {0}
+    evaluator.ready = True
+    queue.wait(0, timeout_s=1e9)
+    assert queue.answered(0)
+    queue.submit(10, must=True)
+    request_stop(str(tmp_path))
+    queue.wait(11, timeout_s=1e9)
+    queue.drain(11)
+    assert queue.pending_steps() == {10}
 
 
 def test_stop_request_is_seen(tmp_path: Path) -> None:
