@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from raydistill.errors import EvaluatorError, TrackingError
+from raydistill.eval.protocol import SAMPLER_FIELDS
 from raydistill.roles.evaluator import Evaluation
 from raydistill.roles.world import World
 
@@ -189,8 +190,7 @@ class EvaluationQueue:
 
     def _forget_other_protocols(self, protocol: Mapping[str, Any]) -> None:
         """Figures made with other references, captions or detectors are no curve together with this one."""
-        sampling = ("sampler", "num_steps", "guidance_scale", "hash")  # in these the teacher's differ
-        data = {name: value for name, value in protocol.items() if name not in sampling}
+        data = {name: value for name, value in protocol.items() if name not in (*SAMPLER_FIELDS, "hash")}
         others = [
             step
             for step, entry in self.ledger.items()
