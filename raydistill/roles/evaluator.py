@@ -119,6 +119,8 @@ class Evaluator:
         self._cache_dir = Path(cache_dir) if cache_dir else None
         self._generator = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
         self._critic = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
+        for denoiser in (pipeline.denoiser, self._generator, self._critic):
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._draws = Draws(config.seed)
         self._net: SceneNet = load_scene_net().to(device)
 

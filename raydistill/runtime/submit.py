@@ -238,8 +238,13 @@ async def _follow(
         if details.status.is_terminal():
             await asyncio.wait({stream}, timeout=_DRAIN_S)
             await _end(stream)
-            log.restart()
-            log.feed(await asyncio.to_thread(client.get_job_logs, submission_id))
+            try:
+                text = await asyncio.to_thread(client.get_job_logs, submission_id)
+            except (OSError, RuntimeError):  # the head was told to stop as well
+                print("raydistill: the head went away; the job's last lines may be missing", file=sys.stderr)
+            else:
+                log.restart()
+                log.feed(text)
             return details
 
 
