@@ -178,6 +178,8 @@ def stop_jobs(address: str) -> list[str]:
         deadline = time.monotonic() + local_cluster.JOB_STOP_WAIT_S + 5.0
         while set(stopped) & set(running()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+        if stopped:  # whoever follows them has yet to fetch the ends of their logs
+            time.sleep(_DRAIN_S + 2 * _POLL_S)
     except (OSError, RuntimeError) as error:
         raise RayDistillError(f"{address} could not stop its jobs: {error}") from error
     return stopped
