@@ -43,9 +43,9 @@ def recipe() -> RunConfig:
             lr=2.5e-4, warmup_steps=10, lr_schedule="linear", ema_halflife_images=3000.0
         ),
         critic=CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear"),
-        train=TrainConfig(generator_updates=870, batch_size=32),
+        train=TrainConfig(generator_updates=900, batch_size=32),
         data=DataConfig(shards="builtin:scenes"),
-        evaluator=EvaluatorConfig(every=870, num_samples=2000, weights="ema", teacher_steps=10),
+        evaluator=EvaluatorConfig(every=900, num_samples=2000, weights="ema", teacher_steps=10),
         checkpoint=CheckpointConfig(every=150),
     )
 
