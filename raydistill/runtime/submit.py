@@ -159,8 +159,8 @@ def follow(
     )
 
 
-def stop_jobs(address: str) -> list[str]:
-    """Ask every job that runs on a head to stop, wait until it has written what it keeps; returns their ids.
+def stop_jobs(address: str) -> None:
+    """Ask every job that runs on a head to stop and wait until it has written what it keeps.
 
     Raises RayDistillError if the head does not answer.
     """
@@ -182,7 +182,6 @@ def stop_jobs(address: str) -> list[str]:
             time.sleep(_DRAIN_S + 2 * _POLL_S)
     except (OSError, RuntimeError) as error:
         raise RayDistillError(f"{address} could not stop its jobs: {error}") from error
-    return stopped
 
 
 class _Output:

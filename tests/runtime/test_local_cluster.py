@@ -25,7 +25,7 @@ import pytest
 from raydistill.cli import main
 from raydistill.errors import ConfigError, RayDistillError
 from raydistill.runtime import local_cluster
-from raydistill.runtime.submit import connect, submit_and_follow
+from raydistill.runtime.submit import connect, stop_jobs, submit_and_follow
 
 BIN = Path(sys.executable).parent
 TOKEN = "a-token-of-a-test"
@@ -197,14 +197,16 @@ time.sleep(300)
 """
 
 
-def follow_until_it_works(env: dict[str, str], folder: Path) -> "tuple[subprocess.Popen[str], str]":
+def follow_until_it_works(
+    env: dict[str, str], folder: Path, stdin: int = subprocess.DEVNULL
+) -> "tuple[subprocess.Popen[str], str]":
     """A `raydistill submit` whose job has begun, and its output so far."""
     (folder / "job.py").write_text(JOB_WITH_A_SNAPSHOT)
     command = [sys.executable, "-m", "raydistill.cli", "submit", "--working-dir", str(folder), "--"]
     child = subprocess.Popen(
         [*command, "python", "job.py"],
         env=env | {"PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -228,6 +230,30 @@ def test_ctrl_c_or_sigterm_stops_the_job_which_may_write_its_snapshot_first(
     rest = child.communicate(timeout=60)[0]
     assert "snapshot written" in rest, seen + rest
     assert child.returncode == 130
+
+
+@pytest.mark.ray
+def test_a_person_who_answers_no_to_ctrl_c_leaves_the_job_running(
+    head: tuple[dict[str, str], local_cluster.Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env, started = head
+    person, terminal = os.openpty()
+    try:
+        child, seen = follow_until_it_works(env, tmp_path, terminal)
+        child.send_signal(signal.SIGINT)
+        os.write(person, b"n\n")
+        rest = child.communicate(timeout=60)[0]
+    finally:
+        os.close(person)
+        os.close(terminal)
+    assert child.returncode == 130, seen + rest
+    assert "goes on" in rest
+    use(monkeypatch, env)
+    client = connect(started.address)
+    going_on = [job.submission_id for job in client.list_jobs() if not job.status.is_terminal()]
+    assert [number for number in going_on if number and number in rest] == going_on != []
+    stop_jobs(started.address)
+    assert all(job.status.is_terminal() for job in client.list_jobs())
 
 
 @pytest.mark.ray
