@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,24 @@ def _foreseen(error: BaseException) -> RayDistillError | None:
             if isinstance(each, RayDistillError):
                 return each
     return None
+
+
+def with_workers(config: RunConfig) -> RunConfig:
+    """The settings with `placement.workers` chosen for the cluster at hand."""
+    if config.placement.workers:
+        return config
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return replace(config, placement=replace(config.placement, workers=choose_workers(nodes, config)))
+
+
+def choose_workers(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> int:
+    """What `placement.workers=0` stands for on these nodes."""
+    if config.placement.gpus_per_worker:
+        return 1
+    cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    room = cpus >= 2 * max(1, config.placement.cpus_per_worker)
+    divisible = config.train.batch_size % (2 * (config.train.micro_batch_size or 1)) == 0
+    return 2 if room and divisible else 1
 
 
 def require_room(config: RunConfig) -> None:

@@ -159,6 +159,7 @@ def _run_on_ray(config: RunConfig) -> None:
     if mine:
         _connect()
     try:
+        config = ray_train.with_workers(config)
         ray_train.require_room(config)
         _train_on_ray(config, actors.start_tracker(to_dict(config)))
     finally:

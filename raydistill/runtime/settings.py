@@ -97,8 +97,9 @@ class PlacementConfig:
 
     session: Literal["ray", "inline"] = "ray"
     """ray: Ray Train workers and actors; inline: everything in this process, without Ray."""
-    workers: int = 1
-    """Data-parallel training workers."""
+    workers: int = 0
+    """Data-parallel training workers; 0 chooses: one, but under Ray on CPUs two, with half of a node's cores each (a
+    step of two threads waits for the slower one at every operation, two workers wait once)."""
     cpus_per_worker: int = 0
     """CPUs (and threads) of a worker; 0 shares a node's CPUs out."""
     gpus_per_worker: int = 0
@@ -151,7 +152,7 @@ class RunConfig:
     @property
     def micro_batch_size(self) -> int:
         """Samples per forward pass and rank, the default resolved."""
-        return self.train.micro_batch_size or max(1, self.train.batch_size // self.placement.workers)
+        return self.train.micro_batch_size or max(1, self.train.batch_size // max(1, self.placement.workers))
 
 
 RESUMABLE_CHANGES = (
@@ -176,7 +177,7 @@ def validate(config: RunConfig) -> None:
             f"name={config.name!r} must be of letters, digits, '.', '_' and '-', begin with a letter or digit, and "
             f"be none of {', '.join(_OUR_FOLDERS)}"
         )
-    train, workers = config.train, config.placement.workers
+    train, workers = config.train, max(1, config.placement.workers)
     for name in ("generator_updates", "batch_size", "log_every"):
         if getattr(train, name) < 1:
             raise ConfigError(f"train.{name}={getattr(train, name)} must be at least 1")
@@ -188,11 +189,9 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"prepare.{name}={getattr(config.prepare, name)} must be at least 1")
     if train.micro_batch_size is not None and train.micro_batch_size < 1:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
-    for name in ("cpus_per_worker", "gpus_per_worker", "evaluator_gpus"):
+    for name in ("workers", "cpus_per_worker", "gpus_per_worker", "evaluator_gpus"):
         if getattr(config.placement, name) < 0:
             raise PlacementError(f"placement.{name}={getattr(config.placement, name)} must not be negative")
-    if workers < 1:
-        raise PlacementError(f"placement.workers={workers} must be at least 1")
     if config.placement.session == "inline" and workers > 1:
         raise PlacementError(
             f"placement.workers={workers} needs placement.session=ray; inline is one process"

@@ -14,8 +14,8 @@ import torch
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.models.diffusers_hub import random_pixel_pipeline
 from raydistill.runtime.plan import plan, plan_for
-from raydistill.runtime.ray_train import check_room
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.ray_train import check_room, choose_workers
+from raydistill.runtime.settings import RunConfig, validate
 from tests.tiny import tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +152,28 @@ def test_what_does_not_fit_on_the_nodes_is_refused_with_the_numbers(
         return
     with pytest.raises(PlacementError, match=named):
         check_room(nodes, config, cpus)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "placement", "train", "expected"),
+    [
+        (2.0, {}, {}, 2),
+        (1.0, {}, {}, 1),
+        (2.0, {"cpus_per_worker": 2}, {}, 1),
+        (8.0, {"gpus_per_worker": 1}, {}, 1),
+        (2.0, {}, {"batch_size": 3}, 1),
+        (2.0, {}, {"batch_size": 6, "micro_batch_size": 2}, 1),
+        (2.0, {}, {"batch_size": 8, "micro_batch_size": 2}, 2),
+    ],
+)
+def test_number_of_workers_is_chosen_for_the_cluster(
+    cpus: float, placement: dict[str, Any], train: dict[str, Any], expected: int
+) -> None:
+    config = tiny_config(placement=placement | {"workers": 0}, train=train)
+    chosen = choose_workers([{"CPU": 0.0}, {"CPU": cpus, "GPU": 8.0}], config)
+    assert chosen == expected
+    placement = placement | {"workers": chosen}
+    validate(tiny_config(placement=placement, train=train))
 
 
 def test_plan_of_a_teacher_that_is_not_there_names_the_setting() -> None:

@@ -41,7 +41,7 @@ SMALL = [
     "prepare.num_train=96", "prepare.num_val=48", "prepare.samples_per_shard=32", "train.batch_size=8",
     "train.generator_updates=6", "method.critic_updates_per_generator=2", "checkpoint.every=2", "evaluator.every=4",
     "evaluator.num_samples=32", "evaluator.batch_size=16", "evaluator.teacher_steps=2", "evaluator.grid_images=2",
-    "checkpoint.keep=10", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
+    "checkpoint.keep=10", "placement.workers=1", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
     "method.gan_weight_critic=0.03",
 ]  # fmt: skip
 CHANGES_WITH_THE_CLOCK = ("time/", "throughput/", "memory/", "snapshot/", "eval/seconds", "eval/lag", "data/")
@@ -308,7 +308,7 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
     (short_folder / "ray").mkdir()
     (short_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     overrides = settings(
-        output_dir, "two_workers", "placement.session=ray", "placement.workers=2", "evaluator.enabled=false"
+        output_dir, "two_workers", "placement.session=ray", "placement.workers=0", "evaluator.enabled=false"
     )
     output = finish(job(*overrides, RAY_TMPDIR=str(short_folder)), timeout_s=400)
     assert "PlacementGroupCleaner" not in output
