@@ -77,9 +77,9 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     from raydistill.methods.dmd2 import DMD2Config
     from raydistill.models.denoiser import parameter_count
     from raydistill.roles.world import World
-    from raydistill.runtime.loop import Trainer, peak_memory_gib
     from raydistill.runtime.plan import GIB, plan_for
     from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
+    from raydistill.runtime.trainer import Trainer, peak_memory_gib
 
     device = torch.device("cuda" if arguments.gpu else "cpu")
     batch = arguments.batch or (64 if size == "scenes" else 16)
@@ -114,6 +114,9 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
 
         def __init__(self) -> None:
             self.device = device
+
+        def scorer(self, pipeline: object) -> None:
+            return None
 
     baseline = peak_memory_gib(device)
     trainer = Trainer(config, BenchSession(), pipeline, NormalSource)  # type: ignore[arg-type]

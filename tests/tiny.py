@@ -13,9 +13,10 @@ from raydistill.methods.dmd2 import DMD2Config
 from raydistill.models.diffusers_hub import PixelPipeline, random_pixel_pipeline
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.generator import GeneratorConfig
+from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
-from raydistill.runtime.loop import Trainer
 from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
+from raydistill.runtime.trainer import Trainer
 
 
 class NormalSource:
@@ -50,9 +51,13 @@ class NormalSource:
 class PlainSession:
     """One rank without tracker or evaluator."""
 
-    def __init__(self, world: World | None = None):
+    def __init__(self, world: World | None = None, scorer: Scorer | None = None):
         self.world = world or World()
         self.device = torch.device("cpu")
+        self._scorer = scorer
+
+    def scorer(self, pipeline: PixelPipeline) -> Scorer | None:
+        return self._scorer
 
 
 def tiny_pipeline(seed: int = 0) -> PixelPipeline:
@@ -77,9 +82,9 @@ def tiny_config(**sections: Any) -> RunConfig:
     )
 
 
-def tiny_trainer(config: RunConfig, world: World | None = None) -> Trainer:
+def tiny_trainer(config: RunConfig, world: World | None = None, scorer: Scorer | None = None) -> Trainer:
     pipeline = tiny_pipeline()
-    session = PlainSession(world)
+    session = PlainSession(world, scorer)
 
     def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
         return NormalSource(purpose, fields, size, micro, session.world, pipeline.latent_shape)

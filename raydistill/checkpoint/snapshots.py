@@ -138,6 +138,10 @@ class Snapshots:
             raise
         return tensors.num_bytes + len(text)
 
+    def has_part(self, step: int, role: str) -> bool:
+        """Whether a role's part of the snapshot of `step` is written to its end."""
+        return self._store.exists(f"{_folder_name(step)}/{role}.json")
+
     def commit(self, step: int, manifest: dict[str, Any], roles: Sequence[str] | None = None) -> int:
         """Make the parts written for `step` a snapshot, delete what is too old, and return the snapshot's
         bytes.

@@ -49,7 +49,7 @@ class Query:
     """One question to one network: a pure function of its fields, so it may be retried, re-routed and cached."""
 
     network: Literal["teacher", "critic"]
-    want: Literal["x0", "logit"]
+    want: Literal["x0", "features", "logit"]
     x_t: Tensor
     """[B, C, H, W]; the answer is differentiable with respect to it exactly if it requires a gradient."""
     t: Tensor

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ import transformers  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
 
 __all__ = [
-    "PixelPipeline", "TextToImage", "UNetDenoiser", "copy_denoiser", "denoiser_on_meta", "diffusers",
-    "load_pipeline", "local_folder", "random_pixel_pipeline", "read_json",
+    "DenoiserParts", "PixelPipeline", "TextToImage", "UNetDenoiser", "denoiser_on_meta", "diffusers",
+    "load_pipeline", "local_folder", "random_pixel_pipeline", "read_json", "trainable",
 ]  # fmt: skip
 
 diffusers.logging.set_verbosity_error()
@@ -188,7 +189,7 @@ class TextToImage:
 
     def copy_denoiser(self, dtype: str) -> UNetDenoiser:
         """A trainable copy with fp32 weights of its own."""
-        return copy_denoiser(self.denoiser, dtype)
+        return trainable(copy.deepcopy(self.denoiser), dtype)
 
     def to(self, device: torch.device | str) -> TextToImage:
         for module in (self.denoiser, self.vae, *self.text_encoders):
@@ -311,6 +312,30 @@ def _fingerprint(modules: Sequence[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class DenoiserParts:
+    """A denoiser without its weights, as it travels between processes."""
+
+    config: dict[str, Any]
+    schedule: NoiseSchedule
+    prediction: Prediction
+    dtype: str
+
+    @staticmethod
+    def of(denoiser: UNetDenoiser) -> DenoiserParts:
+        return DenoiserParts(
+            dict(denoiser.unet.config), denoiser.schedule, denoiser.prediction, denoiser.dtype
+        )
+
+    def build(self, weights: Mapping[str, Tensor]) -> UNetDenoiser:
+        """The frozen denoiser on these very tensors, which are not copied."""
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.config)
+        denoiser = UNetDenoiser(unet, self.schedule, self.prediction, self.dtype)
+        denoiser.load_state_dict(weights, assign=True)
+        return denoiser.eval().requires_grad_(False)
+
+
 def denoiser_on_meta(
     path: str, prediction: str = "auto", revision: str | None = None
 ) -> tuple[UNetDenoiser, dict[str, tuple[int, ...]]]:
@@ -348,7 +373,7 @@ class PixelPipeline:
         return Cond({name: torch.zeros(batch_size, *shape) for name, shape in self._cond_shapes.items()})
 
     def copy_denoiser(self, dtype: str) -> UNetDenoiser:
-        return copy_denoiser(self.denoiser, dtype)
+        return trainable(copy.deepcopy(self.denoiser), dtype)
 
     def to(self, device: torch.device | str) -> PixelPipeline:
         self.denoiser.to(device)
@@ -388,12 +413,13 @@ def random_pixel_pipeline(
     return pipeline, UNetDenoiser(meta, schedule, prediction), shapes
 
 
-def copy_denoiser(denoiser: UNetDenoiser, dtype: str) -> UNetDenoiser:
-    """A trainable copy with fp32 weights of its own that computes in `dtype`."""
-    unet = copy.deepcopy(denoiser.unet).float()
+def trainable(denoiser: UNetDenoiser, dtype: str) -> UNetDenoiser:
+    """This very denoiser with fp32 weights, ready to be trained, computing in `dtype`."""
+    unet = denoiser.unet.float()
     for module in unet.modules():
         if isinstance(module, nn.Dropout):
             module.p = (
                 0.0  # it would draw from torch's global generator, and the teacher has none at inference
             )
-    return UNetDenoiser(unet, denoiser.schedule, denoiser.prediction, dtype).requires_grad_(True)
+    denoiser.dtype = dtype
+    return denoiser.requires_grad_(True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -173,9 +173,18 @@ def get(reference: Any) -> Any:
 
 
 def worker_cpus(config: RunConfig) -> int:
-    """CPUs of one training worker: as set, or a node's share."""
+    """CPUs of one training worker: as set, or its share of what a node has beside the teachers."""
     if config.placement.cpus_per_worker:
         return config.placement.cpus_per_worker
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    per_node = -(-config.placement.workers // max(1, len([cpus for cpus in nodes if cpus])))
-    return max(1, int(max(nodes, default=1.0) // per_node))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_node = -(-config.placement.workers // max(1, sum(node.get("CPU", 0.0) > 0 for node in nodes)))
+    return max(1, int(free_cpus(nodes, config) // per_node))
+
+
+def free_cpus(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> float:
+    """CPUs of the largest node when the teachers are spread over all of them."""
+    placement = config.placement
+    teachers = (
+        placement.teacher_replicas * placement.cpus_per_teacher if placement.mode == "teachers" else 0.0
+    )
+    return max((node.get("CPU", 0.0) for node in nodes), default=1.0) - teachers / max(1, len(nodes))

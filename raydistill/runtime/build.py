@@ -10,7 +10,8 @@ from raydistill.errors import ConfigError
 from raydistill.methods import METHODS
 from raydistill.methods.method import Method
 from raydistill.models.critic import Critic
-from raydistill.models.diffusers_hub import TextToImage, UNetDenoiser, load_pipeline
+from raydistill.models.denoiser import Denoiser
+from raydistill.models.diffusers_hub import TextToImage, UNetDenoiser, load_pipeline, trainable
 from raydistill.models.heads import BottleneckHead
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
@@ -35,18 +36,32 @@ def build_method(config: RunConfig, pipeline: TextToImage) -> Method:
 
 
 def build_generator(
-    config: RunConfig, pipeline: TextToImage, world: World, device: torch.device
+    config: RunConfig, pipeline: TextToImage, world: World, device: torch.device, *, adopt: bool = False
 ) -> GeneratorTrainer:
-    """The generator, a copy of the teacher."""
-    denoiser = _trainable(pipeline, config.train, device)
+    """The generator, a copy of the teacher; `adopt`: the pipeline's own network, where nobody else needs it."""
+    denoiser = _tuned(
+        trainable(pipeline.denoiser, config.train.dtype)
+        if adopt
+        else pipeline.copy_denoiser(config.train.dtype),
+        config.train,
+        device,
+    )
     return GeneratorTrainer(denoiser, config.generator, world, config.train.generator_updates)
 
 
 def build_critic(
-    config: RunConfig, method: Method, pipeline: TextToImage, world: World, device: torch.device
+    config: RunConfig,
+    method: Method,
+    pipeline: TextToImage,
+    world: World,
+    device: torch.device,
+    teacher: Denoiser | None = None,
 ) -> CriticTrainer:
-    """The critic, a copy of the teacher, with a randomly initialised GAN head where the method has one."""
-    denoiser = _trainable(pipeline, config.train, device)
+    """The critic, a copy of the teacher, with a randomly initialised GAN head where the method has one.
+
+    teacher: where the head reads the teacher's features, if not from the pipeline's own network.
+    """
+    denoiser = _tuned(pipeline.copy_denoiser(config.train.dtype), config.train, device)
     head = None
     if method.needs.gan_head:
         size = pipeline.latent_shape[1] // 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
@@ -55,20 +70,26 @@ def build_critic(
                 config.seed
             )  # the head's weights must not depend on what ran before in the process
             head = BottleneckHead(denoiser.feature_channels, size).to(device)
-    source = pipeline.denoiser if getattr(config.method, "gan_features", "critic") == "teacher" else None
+    own_features = getattr(config.method, "gan_features", "critic") == "critic"
+    source = None if own_features else teacher or pipeline.denoiser
     steps = config.train.generator_updates * method.critic_updates_per_generator
     return CriticTrainer(Critic(denoiser, head, source), config.critic, world, steps)
 
 
 def build_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> TeacherScorer:
     """The teacher in this process; to be built last, since generator and critic begin as fp32 copies of it."""
+    return TeacherScorer(tuned_teacher(config, pipeline, device), pipeline.null_cond(1).to(device).expand)
+
+
+def tuned_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> UNetDenoiser:
+    """The pipeline's own denoiser on the device, in the arithmetic and memory format of the settings."""
     pipeline.denoiser.cast(config.teacher.dtype).to(device)
     _tune(pipeline.denoiser, config.train)
-    return TeacherScorer(pipeline.denoiser, pipeline.null_cond(1).to(device).expand)
+    return pipeline.denoiser
 
 
-def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device) -> UNetDenoiser:
-    denoiser = pipeline.copy_denoiser(train.dtype).to(device)
+def _tuned(denoiser: UNetDenoiser, train: TrainConfig, device: torch.device) -> UNetDenoiser:
+    denoiser = denoiser.to(device)
     if train.activation_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     _tune(denoiser, train)

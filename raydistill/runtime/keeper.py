@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError
+from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.protocol import count_label
 from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, Session
 from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig, without_secret_settings
 
 log = logging.getLogger(__name__)
 
+PREEMPTION_EVERY = 20
+"""Updates between questions whether a node goes away, in which all ranks take part; one costs about 8 ms."""
+_PART_S = 600.0
+
 if TYPE_CHECKING:
-    from raydistill.runtime.loop import Trainer
+    from raydistill.runtime.trainer import Rank
 
 
 class SnapshotWriter:
     """Copies the roles' state at once and writes it in a thread; one snapshot at a time."""
 
-    def __init__(self, snapshots: Snapshots):
+    def __init__(self, snapshots: Snapshots, roles: Sequence[str]):
+        """roles: whose parts make a snapshot complete; other ranks may write some."""
         self.snapshots = snapshots
+        self._roles = roles
         self._future: Future[dict[str, float]] | None = None
 
-    def save(self, trainer: Trainer, manifest: dict[str, Any]) -> None:
-        """Begin a snapshot of the trainer as it stands; waits for the one before. Raises CheckpointError."""
+    def save(self, trainer: Rank, manifest: dict[str, Any] | None) -> None:
+        """Begin a snapshot of the rank as it stands; waits for the one before. Raises CheckpointError.
+
+        manifest: to commit it with; None: another rank does that.
+        """
         self.wait()
         parts = {}
-        for role, owner in (("generator", trainer.generator), ("critic", trainer.critic)):
+        for role, owner in trainer.parts.items():
             tensors, state = owner.save()
             parts[role] = ({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, state)
         step = trainer.progress.generator_updates
@@ -40,7 +50,10 @@ class SnapshotWriter:
             started = time.monotonic()
             for role, (tensors, state) in parts.items():
                 self.snapshots.write_part(step, role, tensors, state)
-            size = self.snapshots.commit(step, manifest, roles=tuple(parts))
+            if manifest is None:
+                return {}
+            self._wait_for_others(step)
+            size = self.snapshots.commit(step, manifest, roles=self._roles)
             return {"snapshot/seconds": time.monotonic() - started, "snapshot/bytes": float(size)}
 
         # A thread of its own for each snapshot: one that stays keeps the OpenMP team its tensor copies started, and
@@ -49,6 +62,16 @@ class SnapshotWriter:
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._future = thread.submit(write)
         thread.shutdown(wait=False)
+
+    def _wait_for_others(self, step: int) -> None:
+        until = time.monotonic() + _PART_S
+        while missing := [role for role in self._roles if not self.snapshots.has_part(step, role)]:
+            if time.monotonic() > until:
+                raise CheckpointError(
+                    f"snapshot {self.snapshots.path(step)}: its part of {', '.join(missing)} did not come within "
+                    f"{_PART_S:.0f} s; all nodes must see one output_dir"
+                )
+            time.sleep(0.02)
 
     def finished(self) -> dict[str, float] | None:
         """Figures of the snapshot in hand once it is committed, None before. Raises CheckpointError."""
@@ -65,15 +88,41 @@ class SnapshotWriter:
         return done.result()
 
 
+class PartWriter:
+    """Writes a role's part of each snapshot on the role's first rank; rank 0 makes the snapshot complete."""
+
+    def __init__(self, trainer: Rank, snapshots: Snapshots):
+        self.trainer = trainer
+        self.writer = SnapshotWriter(snapshots, ())
+        self._written = trainer.progress.generator_updates
+
+    def begin(self) -> None:
+        """The part of step 0."""
+        if self._written == 0 and not self.writer.snapshots.steps():
+            self.writer.save(self.trainer, None)
+
+    def save(self) -> None:
+        """Begin the part of this step, unless it is written; raises CheckpointError for the one before."""
+        step = self.trainer.progress.generator_updates
+        if step != self._written:
+            self._written = step
+            self.writer.save(self.trainer, None)
+
+    def end(self) -> None:
+        """The part of the last step, written to its end."""
+        self.save()
+        self.writer.wait()
+
+
 class Keeper:
     """What rank 0 does beside training: logging, snapshots, evaluations."""
 
-    def __init__(self, trainer: Trainer, session: Session, snapshots: Snapshots):
+    def __init__(self, trainer: Rank, session: Session, snapshots: Snapshots):
         self.trainer = trainer
         self.session = session
         self.snapshots = snapshots
         self.config = trainer.config
-        self.writer = SnapshotWriter(snapshots)
+        self.writer = SnapshotWriter(snapshots, ("generator", "critic"))
         self.queue = (
             EvaluationQueue(session.evaluator, session.tracker, self.config.run_dir)
             if session.evaluator
@@ -98,11 +147,7 @@ class Keeper:
     def after_update(self, values: dict[str, float]) -> None:
         step = self.trainer.progress.generator_updates
         if step % self.config.train.log_every == 0 or step == self.config.train.generator_updates:
-            for counters in [reader.counters for reader in self.trainer.readers.values()]:
-                for name, count in counters.items():
-                    key = f"data/{name}"
-                    values[key] = values.get(key, 0.0) + count
-            self.session.tracker.metrics(values, step)
+            self.session.tracker.metrics(values | self.trainer.batches.counters(), step)
         figures = self.writer.finished()
         if figures:
             self._committed(figures)
@@ -157,7 +202,7 @@ class Keeper:
         return step in (0, self.config.train.generator_updates)
 
 
-def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
+def manifest_of(trainer: Rank, session: Session) -> dict[str, Any]:
     """What a snapshot says of its run; all draws and the data order follow from seed and counters."""
     config = without_secret_settings(trainer.config)
     return {
@@ -166,7 +211,7 @@ def manifest_of(trainer: Trainer, session: Session) -> dict[str, Any]:
         "config": to_dict(config),
         "settings": flatten(config),
         "teacher_fingerprint": trainer.pipeline.fingerprint,
-        "data_fingerprint": trainer.data_fingerprint,
+        "data_fingerprint": trainer.batches.fingerprint,
         "tracking_run_id": session.run_id,
         "world_size": session.world.size,
     }
@@ -196,6 +241,11 @@ def is_evaluated_step(config: RunConfig, step: int) -> bool:
 def is_snapshot_step(config: RunConfig, step: int) -> bool:
     last = step == config.train.generator_updates
     return last or step % config.checkpoint.every == 0 or is_evaluated_step(config, step)
+
+
+def all_meet_at(config: RunConfig, step: int) -> bool:
+    """Whether all ranks wait for each other at the end of this update: for a snapshot, or to look for preemption."""
+    return is_snapshot_step(config, step) or step % PREEMPTION_EVERY == 0
 
 
 def best_metric(config: RunConfig) -> str:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import UNetDenoiser, denoiser_on_meta
 from raydistill.models.heads import BottleneckHead
+from raydistill.runtime.ranks import RoleSeconds
 from raydistill.runtime.settings import RunConfig, teacher_folder
 
 GIB = 2**30
@@ -46,6 +47,8 @@ class Plan:
     bytes_by_role: dict[str, RoleBytes]
     forwards: dict[str, float]
     """Forward equivalents of one generator update with its R critic updates, by role."""
+    critic_answer: float
+    """The critic's share of them that answers the generator's update."""
     encoder_share: float
     """e, the encoder half's share of a forward pass's FLOPs."""
     gflop_per_forward: float
@@ -90,6 +93,20 @@ def plan(config: RunConfig) -> Plan:
     return plan_for(config, denoiser, cond_shapes)
 
 
+def role_forwards(config: RunConfig) -> RoleSeconds:
+    """The phases of a window in forward equivalents, as a measure of their times."""
+    planned = plan(config)
+    forwards, answer = planned.forwards, planned.critic_answer
+    r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
+    sample = 1 + ((n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0)
+    return RoleSeconds(
+        generator_update=forwards["generator"] - (r - 1) * sample,
+        sample=sample,
+        critic_answer=answer,
+        critic_update=(forwards["critic"] - answer) / r,
+    )
+
+
 def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
     """The plan for a UNet on the meta device and the shapes of one sample's conditions."""
     micro = config.micro_batch_size
@@ -111,10 +128,11 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
     backward = 3.0 if config.train.activation_checkpointing else 2.0
     rollout = (n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0
     gan_generator = 2 * share if gan else 0.0
+    critic_answer = 1 + (gan_generator if own_features else 0.0)
     gan_critic = r * 2 * share * (1 + backward if own_features else 1.0) if gan else 0.0
     forwards = {
         "generator": 1 + backward + rollout + (r - 1) * (1 + rollout),
-        "critic": 1 + r * (1 + backward) + (gan_generator + gan_critic if own_features else 0.0),
+        "critic": critic_answer + r * (1 + backward) + (gan_critic if own_features else 0.0),
         "teacher": guided + (gan_generator + gan_critic if gan and not own_features else 0.0),
     }
 
@@ -140,7 +158,7 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
             int(activations * critic_graphs),
         ),
     }
-    return Plan(roles, forwards, share, full / micro / 1e9, config.train.batch_size)
+    return Plan(roles, forwards, critic_answer, share, full / micro / 1e9, config.train.batch_size)
 
 
 def _flops(call: Any) -> int:

@@ -18,18 +18,31 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill import errors
 from raydistill.errors import PlacementError, RayDistillError, TrainingError
+from raydistill.models.diffusers_hub import TextToImage
+from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
+from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.build import pick_device
+from raydistill.runtime.plan import role_forwards
+from raydistill.runtime.pool import TeacherPool, require_same_teacher
+from raydistill.runtime.ranks import best_num_critic, partition
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
-from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict, without_secret_settings
+from raydistill.runtime.settings import (
+    RunConfig,
+    config_from_dict,
+    require_divisible,
+    to_dict,
+    without_secret_settings,
+)
+from raydistill.runtime.trainer import Rank, Trainer
 
-_PREEMPTION_EVERY = 20
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _FAILURE_FILE = "failure.json"
 
@@ -37,7 +50,7 @@ _FAILURE_FILE = "failure.json"
 class TrainSession:
     """`Session` inside a Ray Train worker."""
 
-    def __init__(self, config: RunConfig, tracker: Any, evaluator: Any, run_id: str):
+    def __init__(self, config: RunConfig, tracker: Any, evaluator: Any, teachers: Any, run_id: str):
         context = ray.train.get_context()
         self.world = World(context.get_world_rank(), context.get_world_size())
         self.device = pick_device(config.placement.gpus_per_worker)
@@ -46,17 +59,43 @@ class TrainSession:
             actors.ActorEvaluator(evaluator) if evaluator is not None else None
         )
         self.run_id = run_id
+        self._config = config
+        self._teachers = teachers
         self._run_dir = config.run_dir
-        self._asked = 0
         self._warned = False
 
-    def should_stop(self) -> bool:
-        return self.world.any(stop_requested(self._run_dir))
+    def scorer(self, pipeline: TextToImage) -> Scorer | None:
+        if self._teachers is None:
+            return None
+        require_same_teacher(self._config, self._teachers, pipeline.fingerprint)
+        placement = self._config.placement
+        return TeacherPool(
+            self._teachers,
+            pipeline.denoiser,
+            device=self.device,
+            wire_dtype=placement.wire_dtype,
+            chunk_size=placement.teacher_chunk_size,
+            timeout_s=placement.teacher_timeout_s,
+        )
+
+    def rank(self, config: RunConfig) -> Rank:
+        if config.placement.mode != "disaggregated":
+            return Trainer(config, self)
+        nodes = torch.zeros(self.world.size, dtype=torch.int64)
+        nodes[self.world.rank] = ray.train.get_context().get_node_rank()
+        self.world.max_(nodes)
+        ranks = partition(nodes.tolist(), config.placement.critic_ranks)
+        groups = {role: dist.new_group(list(ranks.ranks(role))) for role in ("generator", "critic")}
+        role = ranks.role(self.world.rank)
+        members = ranks.ranks(role)
+        world = World(members.index(self.world.rank), len(members), groups[role])
+        return (GeneratorRank if role == "generator" else CriticRank)(config, self, ranks, world)
+
+    def should_stop(self, world: World) -> bool:
+        return world.any(stop_requested(self._run_dir))
 
     def should_save(self) -> bool:
-        self._asked += 1
-        # every rank must take part in this call, hence a fixed rhythm; it costs about 8 ms
-        if self._warned or self._asked % _PREEMPTION_EVERY or ray.train.get_preemption_info() is None:
+        if self._warned or ray.train.get_preemption_info() is None:
             return False
         # training goes on: when the node is gone Ray restarts the group, and counts that as no failure of ours
         self._warned = True
@@ -77,7 +116,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         return
     if not config.placement.gpus_per_worker:
         torch.set_num_threads(settings["cpus"])
-    session = TrainSession(config, settings["tracker"], settings["evaluator"], settings["run_id"])
+    session = TrainSession(
+        config, settings["tracker"], settings["evaluator"], settings["teachers"], settings["run_id"]
+    )
     try:
         loop.train(config, session)
     except RayDistillError as error:
@@ -95,8 +136,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         return
 
 
-def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
+def fit(config: RunConfig, tracker: Any, evaluator: Any, teachers: Any, run_id: str) -> None:
     """Train under Ray Train until the run ends or was asked to stop.
+
+    teachers: the pool's manager, None where every worker has the teacher itself.
 
     Raises the RayDistillError that stopped it, PlacementError if the cluster is too small, and TrainingError after
     `placement.max_failures` restarts.
@@ -116,7 +159,7 @@ def fit(config: RunConfig, tracker: Any, evaluator: Any, run_id: str) -> None:
         train_worker,
         train_loop_config={
             "config": to_dict(without_secret_settings(config)), "run_id": run_id, "cpus": cpus,
-            "tracker": tracker, "evaluator": evaluator,
+            "tracker": tracker, "evaluator": evaluator, "teachers": teachers,
         },
         scaling_config=ScalingConfig(
             num_workers=config.placement.workers,
@@ -162,25 +205,43 @@ def _foreseen(error: BaseException) -> RayDistillError | None:
 
 
 def with_workers(config: RunConfig) -> RunConfig:
-    """The settings with `placement.workers` chosen for the cluster at hand."""
-    if config.placement.workers:
-        return config
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return replace(config, placement=replace(config.placement, workers=choose_workers(nodes, config)))
+    """The settings with `placement.workers` and `placement.critic_ranks` chosen for the cluster at hand.
+
+    Raises PlacementError if roles on ranks of their own can't share the batch.
+    """
+    placement = config.placement
+    if not placement.workers:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placement = replace(placement, workers=choose_workers(nodes, config))
+    if placement.mode == "disaggregated" and not placement.critic_ranks:
+        critics = best_num_critic(
+            placement.workers,
+            config.train.batch_size,
+            config.train.micro_batch_size,
+            role_forwards(config),
+            config.method.critic_updates_per_generator,
+        )
+        placement = replace(placement, critic_ranks=critics)
+    config = replace(config, placement=placement)
+    if placement.mode == "disaggregated":
+        require_divisible(config)
+    return config
 
 
 def choose_workers(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> int:
     """What `placement.workers=0` stands for on these nodes."""
+    if config.placement.mode == "disaggregated":
+        return 2
     if config.placement.gpus_per_worker:
         return 1
-    cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    cpus = actors.free_cpus(nodes, config)
     room = cpus >= 2 * max(1, config.placement.cpus_per_worker)
     divisible = config.train.batch_size % (2 * (config.train.micro_batch_size or 1)) == 0
     return 2 if room and divisible else 1
 
 
 def require_room(config: RunConfig) -> None:
-    """Check that workers and evaluator fit on the cluster together, before any of them is started.
+    """Check that workers, teachers and evaluator fit on the cluster together, before any of them is started.
 
     Raises PlacementError: Ray itself would wait for ever.
     """
@@ -190,26 +251,50 @@ def require_room(config: RunConfig) -> None:
 
 def check_room(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int) -> None:
     """`require_room` for these nodes' resources and CPUs of a worker."""
-    workers = config.placement.workers
-    evaluator = config.placement.evaluator_gpus if config.evaluator.enabled else 0.0
-    gpus = [node.get("GPU", 0.0) for node in nodes]
-    if evaluator > max(gpus, default=0.0):
-        raise PlacementError(
-            f"placement.evaluator_gpus={evaluator:g}, but no node has more than {max(gpus, default=0.0):g} GPUs"
-        )
-    for kind, each, beside, setting in (
-        ("CPU", cpus, 0.0, "placement.cpus_per_worker"),
-        ("GPU", config.placement.gpus_per_worker, evaluator, "placement.gpus_per_worker"),
+    placement = config.placement
+    workers = placement.workers
+    teachers = 0 if placement.mode == "colocated" else placement.teacher_replicas
+    evaluators = int(config.evaluator.enabled)
+    for kind, each, services in (
+        ("CPU", cpus, [(teachers, placement.cpus_per_teacher, "teacher_replicas", "cpus_per_teacher")]),
+        (
+            "GPU",
+            placement.gpus_per_worker,
+            [
+                (evaluators, placement.evaluator_gpus, "", "evaluator_gpus"),
+                (teachers, placement.gpus_per_teacher, "teacher_replicas", "gpus_per_teacher"),
+            ],
+        ),
     ):
-        if not each:
-            continue
-        there = [node.get(kind, 0.0) for node in nodes]
-        slots = [int(amount // each) for amount in there]
-        # the evaluator lands on one node and may cost a worker's place there; Ray packs, so take the best node for it
-        lost = min(s - int((a - beside) // each) for s, a in zip(slots, there, strict=True) if a >= beside)
-        if sum(slots) - lost < workers:
-            also = f" beside placement.evaluator_gpus={beside:g}" if beside else ""
-            raise PlacementError(
-                f"placement.workers={workers} x {setting}={each}{also} does not fit: the nodes have "
-                f"{', '.join(f'{amount:g}' for amount in there)} {kind}s; lower one of them or add nodes"
+        free = [node.get(kind, 0.0) for node in nodes]
+        there = f"the nodes have {', '.join(f'{amount:g}' for amount in free)} {kind}s"
+        beside = ""
+        for count, amount, times, setting in services:
+            if not count or not amount:
+                continue
+            named = (
+                f"placement.{times}={count} x placement.{setting}={amount:g}"
+                if times
+                else f"placement.{setting}={amount:g}"
             )
+            for _ in range(count):
+                fitting = [n for n, left in enumerate(free) if left >= amount]
+                if not fitting:
+                    raise PlacementError(
+                        f"{named} does not fit{beside}: {there}; lower one of them or add nodes"
+                    )
+                # Ray packs: take the node where it costs the fewest workers' places
+                best = min(
+                    fitting, key=lambda n: (_places(free[n], each) - _places(free[n] - amount, each), free[n])
+                )
+                free[best] -= amount
+            beside += f" beside {named}"
+        if each and sum(_places(left, each) for left in free) < workers:
+            raise PlacementError(
+                f"placement.workers={workers} x placement.{kind.lower()}s_per_worker={each}{beside} does not fit: "
+                f"{there}; lower one of them or add nodes"
+            )
+
+
+def _places(amount: float, each: float) -> int:
+    return int(amount // each) if each else 0

@@ -111,6 +111,7 @@ def _run_inline(config: RunConfig) -> None:
     from raydistill.runtime.build import pick_device
     from raydistill.runtime.services import LocalEvaluator, LocalTracker, open_tracker
     from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
+    from raydistill.runtime.trainer import Trainer
 
     prepare_scenes(config)
     prepare_shards(config)
@@ -127,7 +128,13 @@ def _run_inline(config: RunConfig) -> None:
             )
             self.run_id = tracker.run_id
 
-        def should_stop(self) -> bool:
+        def scorer(self, pipeline: Any) -> None:
+            return None
+
+        def rank(self, config: RunConfig) -> Trainer:
+            return Trainer(config, self)
+
+        def should_stop(self, world: World) -> bool:
             return stop_requested(config.run_dir)
 
         def should_save(self) -> bool:
@@ -171,10 +178,10 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
     """The run from its data on; services start as early as they can, because each imports for ten seconds."""
     import ray
 
-    from raydistill.runtime import actors, ray_train
+    from raydistill.runtime import actors, pool, ray_train
 
     gpus = config.placement.evaluator_gpus
-    evaluator = None
+    evaluator = teachers = None
     status, opened = "FAILED", False
     try:
         prepare_scenes(config)
@@ -190,13 +197,15 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
         run_id = actors.get(tracker.run_id.remote())
         opened = True
         actors.get(tracker.params.remote(flatten(config)))
+        if config.placement.mode != "colocated":
+            teachers = pool.start_pool(config)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())
 
         # inside ray.init's own SIGTERM handler, which would end this process at once
         with _stop_on_sigterm(config.run_dir), show_progress(config, progress):
-            ray_train.fit(config, tracker, evaluator, run_id)
+            ray_train.fit(config, tracker, evaluator, teachers, run_id)
         status = _close(
             config, run_id, lambda path, folder: actors.get(tracker.artifact.remote(path, folder))
         )
@@ -206,7 +215,8 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
                 ray.get(tracker.finish.remote(status))
             except ray.exceptions.RayError as error:  # must not hide what ended the run
                 log.warning("the tracker could not be closed; its journal is whole: %s", error)
-        for actor in (tracker, evaluator):
+        own = None if config.placement.teacher_service else teachers
+        for actor in (tracker, evaluator, own):
             if actor is not None:
                 ray.kill(actor)
 

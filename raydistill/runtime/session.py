@@ -11,14 +11,20 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from raydistill.errors import EvaluatorError, TrackingError
 from raydistill.eval.protocol import SAMPLER_FIELDS
 from raydistill.roles.evaluator import Evaluation
+from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
+
+if TYPE_CHECKING:
+    from raydistill.models.diffusers_hub import TextToImage
+    from raydistill.runtime.settings import RunConfig
+    from raydistill.runtime.trainer import Rank
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +66,14 @@ class Session(Protocol):
     evaluator: EvaluatorLike | None
     run_id: str
 
-    def should_stop(self) -> bool:
-        """Whether the run was asked to stop (SIGTERM to the driver); the same on all ranks."""
+    def scorer(self, pipeline: TextToImage) -> Scorer | None:
+        """The teacher of a placement that has it elsewhere; None: it is part of this process."""
+
+    def rank(self, config: RunConfig) -> Rank:
+        """What this rank is to hold, ready to train."""
+
+    def should_stop(self, world: World) -> bool:
+        """Whether the run was asked to stop (SIGTERM to the driver); called by all ranks of `world`, which agree."""
 
     def should_save(self) -> bool:
         """Whether a node is about to go away and a snapshot should be written now; true once; called by all ranks."""

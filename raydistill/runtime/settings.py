@@ -97,6 +97,14 @@ class PlacementConfig:
 
     session: Literal["ray", "inline"] = "ray"
     """ray: Ray Train workers and actors; inline: everything in this process, without Ray."""
+    mode: Literal["colocated", "teachers", "disaggregated"] = "colocated"
+    """colocated: all roles in every worker; teachers: the teacher in a pool of actors, which score the next batch while
+    the critic learns; disaggregated: besides, generator and critic on workers of their own. The losses are the same."""
+    critic_ranks: int = 0
+    """How many of the workers hold the critic when they are disaggregated; 0: as many as make a window shortest."""
+    max_staleness: int = 0
+    """Windows by which the critic's answers may lag when it is disaggregated: 0, or 1, with which generator and critic
+    work at the same time (version/generator and version/critic in the log say how far apart they are)."""
     workers: int = 0
     """Data-parallel training workers; 0 chooses: one, but under Ray on CPUs two, with half of a node's cores each (a
     step of two threads waits for the slower one at every operation, two workers wait once)."""
@@ -106,6 +114,26 @@ class PlacementConfig:
     """GPUs of a worker."""
     evaluator_gpus: float = 0.0
     """GPUs of the evaluator."""
+    teacher_replicas: int = 1
+    """Replicas that the teacher pool begins with and never falls below."""
+    max_teacher_replicas: int = 0
+    """Replicas up to which the pool grows while queries wait; 0: as many as it begins with."""
+    cpus_per_teacher: float = 0.5
+    """CPUs of a teacher replica."""
+    gpus_per_teacher: float = 0.0
+    """GPUs of a teacher replica."""
+    teacher_service: str | None = None
+    """Name of a teacher pool that outlives the job and is shared by all jobs on the cluster that name it (and have the
+    same teacher; guidance scales may differ). none: a pool of this run's own."""
+    teacher_chunk_size: int | None = None
+    """Samples of one call to a teacher replica, so that several share a micro-batch; none sends it whole."""
+    teacher_kept_graphs: int = 4
+    """Graphs that a replica keeps for backward passes through the teacher; beyond that it computes the forward pass
+    again."""
+    teacher_timeout_s: float = 300.0
+    """After which a query is also asked of another replica."""
+    wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Tensors between workers and teachers; bf16 halves the traffic and changes the numbers."""
     max_failures: int = 3
     """Restarts of the worker group from the newest snapshot before the run fails."""
 
@@ -177,7 +205,7 @@ def validate(config: RunConfig) -> None:
             f"name={config.name!r} must be of letters, digits, '.', '_' and '-', begin with a letter or digit, and "
             f"be none of {', '.join(_OUR_FOLDERS)}"
         )
-    train, workers = config.train, max(1, config.placement.workers)
+    train = config.train
     for name in ("generator_updates", "batch_size", "log_every"):
         if getattr(train, name) < 1:
             raise ConfigError(f"train.{name}={getattr(train, name)} must be at least 1")
@@ -189,19 +217,8 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"prepare.{name}={getattr(config.prepare, name)} must be at least 1")
     if train.micro_batch_size is not None and train.micro_batch_size < 1:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
-    for name in ("workers", "cpus_per_worker", "gpus_per_worker", "evaluator_gpus"):
-        if getattr(config.placement, name) < 0:
-            raise PlacementError(f"placement.{name}={getattr(config.placement, name)} must not be negative")
-    if config.placement.session == "inline" and workers > 1:
-        raise PlacementError(
-            f"placement.workers={workers} needs placement.session=ray; inline is one process"
-        )
-    step = workers * config.micro_batch_size
-    if train.batch_size % step:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} is not divisible by placement.workers={workers} x "
-            f"train.micro_batch_size={config.micro_batch_size} = {step}"
-        )
+    _validate_placement(config.placement)
+    require_divisible(config)
     if config.evaluator.weights == "ema" and config.generator.ema_halflife_images <= 0:
         raise ConfigError(
             "evaluator.weights=ema needs generator.ema_halflife_images > 0 (it is 0: no EMA is kept)"
@@ -210,6 +227,60 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"teacher.path={config.teacher.path!r}: built in is only {', '.join(BUILTIN_TEACHERS)}"
         )
+
+
+def require_divisible(config: RunConfig) -> None:
+    """Raise ConfigError unless every role's ranks divide the batch into whole micro-batches."""
+    placement, train = config.placement, config.train
+    shares = {f"placement.workers={max(1, placement.workers)}": max(1, placement.workers)}
+    if placement.mode == "disaggregated":
+        critics = placement.critic_ranks
+        if not (critics and placement.workers):
+            return  # they are chosen so that they divide it
+        shares = {
+            f"placement.critic_ranks={critics}": critics,
+            f"{placement.workers - critics} generator ranks (placement.workers={placement.workers} - "
+            f"placement.critic_ranks={critics})": placement.workers - critics,
+        }
+    for name, ranks in shares.items():
+        micro = train.micro_batch_size or max(1, train.batch_size // max(1, ranks))
+        if ranks < 1 or train.batch_size % (ranks * micro):
+            raise ConfigError(
+                f"train.batch_size={train.batch_size} is not divisible by {name} x train.micro_batch_size={micro} = "
+                f"{ranks * micro}"
+            )
+
+
+def _validate_placement(placement: PlacementConfig) -> None:
+    for name in (
+        "workers", "cpus_per_worker", "gpus_per_worker", "evaluator_gpus", "max_teacher_replicas", "cpus_per_teacher",
+        "gpus_per_teacher", "teacher_kept_graphs", "critic_ranks",
+    ):  # fmt: skip
+        if getattr(placement, name) < 0:
+            raise PlacementError(f"placement.{name}={getattr(placement, name)} must not be negative")
+    for name in ("teacher_replicas", "teacher_timeout_s"):
+        if getattr(placement, name) <= 0:
+            raise PlacementError(f"placement.{name}={getattr(placement, name)} must be positive")
+    if placement.teacher_chunk_size is not None and placement.teacher_chunk_size < 1:
+        raise PlacementError(
+            f"placement.teacher_chunk_size={placement.teacher_chunk_size} must be at least 1, or none"
+        )
+    if 0 < placement.max_teacher_replicas < placement.teacher_replicas:
+        raise PlacementError(
+            f"placement.max_teacher_replicas={placement.max_teacher_replicas} is below placement.teacher_replicas="
+            f"{placement.teacher_replicas}"
+        )
+    if placement.max_staleness not in (0, 1):
+        raise PlacementError(f"placement.max_staleness={placement.max_staleness} must be 0 or 1")
+    if placement.session == "inline":
+        for name, value, alone in (
+            ("workers", placement.workers, placement.workers < 2),
+            ("mode", placement.mode, placement.mode == "colocated"),
+        ):
+            if not alone:
+                raise PlacementError(
+                    f"placement.{name}={value} needs placement.session=ray; inline is one process"
+                )
 
 
 def without_secret_settings(config: RunConfig) -> RunConfig:

@@ -18,8 +18,9 @@ from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.methods.method import PhaseDraws
 from raydistill.roles.world import World
 from raydistill.runtime.keeper import manifest_of, require_same_settings
-from raydistill.runtime.loop import Trainer, resume
+from raydistill.runtime.loop import resume
 from raydistill.runtime.settings import validate
+from raydistill.runtime.trainer import Trainer
 from tests.tiny import tiny_config, tiny_trainer
 
 # Adam's step depends on a gradient's sign where the gradient is tiny, hence on the order of a sum; with a large
@@ -82,7 +83,7 @@ def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_
 
     trainer.method.critic_losses = spy  # type: ignore[method-assign]
     untouched = tiny_trainer(tiny_config())
-    batch = next(untouched.readers["prompt/generator"].batch(0))
+    batch = next(untouched.batches.readers["prompt/generator"].batch(0))
     cond = untouched._cond(batch)
     draws = PhaseDraws(untouched.draws, "generator", 0, batch.positions, torch.device("cpu"))
     expected = untouched.generator.sample(
@@ -94,7 +95,7 @@ def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_
 
 def test_only_the_critic_updates_that_make_samples_read_prompts() -> None:
     trainer = tiny_trainer(tiny_config(method={"critic_updates_per_generator": 3}))
-    source = trainer.readers["prompt/critic"]
+    source = trainer.batches.readers["prompt/critic"]
     asked = []
     original = source.batch
     source.batch = lambda number: (asked.append(number), original(number))[1]  # type: ignore[method-assign, func-returns-value]
@@ -105,7 +106,7 @@ def test_only_the_critic_updates_that_make_samples_read_prompts() -> None:
 
 def test_generator_phase_leaves_no_gradient_on_critic_or_teacher() -> None:
     trainer = tiny_trainer(tiny_config())
-    trainer._generator_update(0, gan_stage=True)
+    trainer.generator_update(0, gan_stage=True)
     assert all(p.grad is None for p in trainer.critic.critic.parameters())
     assert all(p.requires_grad for p in trainer.critic.critic.parameters())
     assert all(p.grad is None for p in trainer.pipeline.denoiser.parameters())
@@ -138,7 +139,7 @@ def test_four_step_rollout_runs_and_needs_no_real_data_without_a_gan() -> None:
         "gan_weight_critic": 0.0,
     }
     trainer = tiny_trainer(tiny_config(method=method))
-    assert "real" not in trainer.readers
+    assert "real" not in trainer.batches.readers
     values = [trainer.window() for _ in range(3)]
     assert all(v["loss/dm"] > 0 for v in values)
 
@@ -176,7 +177,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="another teacher"):
         resume(other, snapshots)
     other = tiny_trainer(config)
-    other.data_fingerprint = "another"
+    other.batches.fingerprint = "another"
     with pytest.raises(CheckpointError, match=r"other shards than data\.shards"):
         resume(other, snapshots)
 
@@ -277,7 +278,7 @@ def test_stage_two_begins_on_time_with_its_own_rate_and_only_then_are_real_sampl
         )
     )
     asked = []
-    source = trainer.readers["real"]
+    source = trainer.batches.readers["real"]
     original = source.batch
     source.batch = lambda number: (asked.append(number), original(number))[1]  # type: ignore[method-assign, func-returns-value]
     values = [trainer.window() for _ in range(3)]

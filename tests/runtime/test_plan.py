@@ -98,7 +98,7 @@ def test_saved_activations_are_those_of_the_real_graph() -> None:
             seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = next(trainer.readers["prompt/generator"].batch(0))
+    batch = next(trainer.batches.readers["prompt/generator"].batch(0))
     x_t = torch.randn(8, *trainer.pipeline.latent_shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = trainer.generator.denoiser(x_t, torch.full((8,), 500.0), trainer._cond(batch))
@@ -138,7 +138,31 @@ def test_bf16_and_checkpointing_need_less_and_more_ranks_less_each() -> None:
         (
             [{"CPU": 2.0}],
             {"workers": 1, "evaluator_gpus": 0.5},
-            r"evaluator_gpus=0\.5, but no node has more than 0",
+            r"evaluator_gpus=0\.5 does not fit: the nodes have 0 GPUs",
+        ),
+        ([{"CPU": 4.0}], {"workers": 2, "mode": "teachers", "teacher_replicas": 4}, None),
+        (
+            [{"CPU": 4.0}],
+            {"workers": 3, "mode": "teachers", "teacher_replicas": 4},
+            r"workers=3 x placement\.cpus_per_worker=1 beside placement\.teacher_replicas=4 x "
+            r"placement\.cpus_per_teacher=0\.5 does not fit: the nodes have 4 CPUs",
+        ),
+        (
+            [{"CPU": 8.0, "GPU": 1.0}],
+            {"workers": 1, "mode": "teachers", "gpus_per_teacher": 2.0},
+            r"teacher_replicas=1 x placement\.gpus_per_teacher=2 does not fit: the nodes have 1 GPUs",
+        ),
+        # half a GPU for the evaluator and half for the teacher leave seven whole ones
+        (
+            [{"CPU": 64.0, "GPU": 8.0}],
+            {
+                "workers": 7,
+                "gpus_per_worker": 1,
+                "evaluator_gpus": 0.5,
+                "mode": "teachers",
+                "gpus_per_teacher": 0.5,
+            },
+            None,
         ),
     ],
 )
@@ -160,6 +184,8 @@ def test_what_does_not_fit_on_the_nodes_is_refused_with_the_numbers(
         (2.0, {}, {}, 2),
         (1.0, {}, {}, 1),
         (2.0, {"cpus_per_worker": 2}, {}, 1),
+        (2.0, {"mode": "teachers"}, {}, 1),
+        (3.0, {"mode": "teachers"}, {}, 2),
         (8.0, {"gpus_per_worker": 1}, {}, 1),
         (2.0, {}, {"batch_size": 3}, 1),
         (2.0, {}, {"batch_size": 6, "micro_batch_size": 2}, 1),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import apply_overrides
@@ -44,7 +45,17 @@ SMALL = [
     "checkpoint.keep=10", "placement.workers=1", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
     "method.gan_weight_critic=0.03",
 ]  # fmt: skip
-CHANGES_WITH_THE_CLOCK = ("time/", "throughput/", "memory/", "snapshot/", "eval/seconds", "eval/lag", "data/")
+CHANGES_WITH_THE_CLOCK = (
+    "time/",
+    "throughput/",
+    "memory/",
+    "snapshot/",
+    "eval/seconds",
+    "eval/lag",
+    "data/",
+    "teacher/",
+    "version/",
+)
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +331,29 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
     manifest = Snapshots(str(output_dir / "two_workers" / "snapshots"), keep=1).latest()
     assert manifest is not None
     assert manifest.manifest["world_size"] == 2
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("mode", "workers"), [("teachers", 1), ("disaggregated", 2)])
+def test_placements_under_ray_give_the_figures_of_one_process(
+    whole: Path, output_dir: Path, mode: str, workers: int
+) -> None:
+    overrides = settings(
+        output_dir, mode, "placement.session=ray", f"placement.mode={mode}", f"placement.workers={workers}",
+        "placement.cpus_per_worker=1", "placement.cpus_per_teacher=0",
+    )  # fmt: skip
+    output = finish(job(*overrides), timeout_s=400)
+    assert output.splitlines()[-1] == f"summary: {output_dir}/{mode}/summary.json"
+    same_under_ray(points(output_dir / mode), points(whole))
+    assert mlflow_steps(output_dir, mode) == [1, 2, 3, 4, 5, 6]
+    # its snapshots are those of any other placement, which may go on from them
+    newest = Snapshots(str(output_dir / mode / "snapshots"), keep=1).latest()
+    reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
+    assert newest is not None
+    assert reference is not None
+    for role in ("generator", "critic"):
+        for name, tensor in reference.part(role)[0].items():
+            assert torch.equal(newest.part(role)[0][name], tensor), name
 
 
 @pytest.mark.ray

@@ -1,0 +1,232 @@
+"""Roles apart: the same losses and weights wherever the networks live. Real processes, gloo between them."""
+
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raydistill.errors import PlacementError
+from raydistill.roles.world import World
+from raydistill.runtime.apart import CriticRank, GeneratorRank
+from raydistill.runtime.build import build_teacher
+from raydistill.runtime.ranks import RoleSeconds, best_num_critic, partition, transfers, window_seconds
+from raydistill.runtime.settings import RunConfig
+from tests.tiny import NormalSource, PlainSession, tiny_config, tiny_pipeline, tiny_trainer
+
+CLOCK = ("time/", "throughput/", "memory/", "version/", "teacher/")
+
+
+def weights(part: Any) -> dict[str, torch.Tensor]:
+    tensors, _ = part.save()
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def figures(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not name.startswith(CLOCK)}
+
+
+def colocated(config: RunConfig, updates: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    trainer = tiny_trainer(config)
+    values = [figures(trainer.window()) for _ in range(updates)]
+    return values, weights(trainer.generator) | {f"critic/{n}": t for n, t in weights(trainer.critic).items()}
+
+
+def config_of(**sections: Any) -> RunConfig:
+    return tiny_config(**{"train": {"batch_size": 8, "generator_updates": 30}} | sections)
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_asking_the_teacher_ahead_changes_no_number(micro: int | None, features: str) -> None:
+    torch.set_num_threads(1)
+    config = config_of(
+        train={"generator_updates": 6, "micro_batch_size": micro}, method={"gan_features": features}
+    )
+    expected, expected_weights = colocated(config, 6)
+    scorer = build_teacher(config, tiny_pipeline(), torch.device("cpu"))
+    trainer = tiny_trainer(config, scorer=scorer)
+    assert trainer.asks_ahead
+    assert [figures(trainer.window()) for _ in range(6)] == expected
+    for name, tensor in weights(trainer.generator).items():
+        assert torch.equal(tensor, expected_weights[name]), name
+
+
+def test_what_was_asked_ahead_is_asked_again_after_a_resume() -> None:
+    torch.set_num_threads(1)
+    config = config_of(train={"generator_updates": 4})
+    expected, _ = colocated(config, 4)
+    scorer = build_teacher(config, tiny_pipeline(), torch.device("cpu"))
+    first = tiny_trainer(config, scorer=scorer)
+    for _ in range(2):
+        first.window()
+    second = tiny_trainer(config, scorer=scorer)
+    second.generator.load(*first.generator.save())
+    second.critic.load(*first.critic.save())
+    second.progress = replace(first.progress)
+    assert [figures(second.window()) for _ in range(2)] == expected[2:]
+
+
+def _rank(rank: int, world_size: int, critics: int, port: int, folder: str, sections: dict[str, Any]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    stop_at = sections.pop("stop_at", None)
+    config = config_of(**sections)
+    ranks = partition([0] * world_size, critics)
+    groups = {role: dist.new_group(list(ranks.ranks(role))) for role in ("generator", "critic")}
+    role = ranks.role(rank)
+    members = ranks.ranks(role)
+    world = World(members.index(rank), len(members), groups[role])
+    pipeline = tiny_pipeline()
+
+    class Session(PlainSession):
+        def should_stop(self, among: World) -> bool:
+            return among.any(stop_at is not None and trainer.progress.generator_updates >= stop_at)
+
+    session = Session(World(rank, world_size), build_teacher(config, tiny_pipeline(), torch.device("cpu")))
+
+    def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
+        return NormalSource(purpose, fields, size, micro, world, pipeline.latent_shape)
+
+    kind = GeneratorRank if role == "generator" else CriticRank
+    trainer = kind(config, session, ranks, world, pipeline, source)  # type: ignore[arg-type]
+    values = []
+    while trainer.progress.generator_updates < config.train.generator_updates and trainer.goes_on():
+        values.append(trainer.window())
+    (part,) = trainer.parts.values()
+    torch.save({"weights": weights(part), "values": values, "role": role}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def apart(tmp_path: Path, world_size: int, critics: int, **sections: Any) -> list[dict[str, Any]]:
+    """What every rank saved."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, critics, port, str(tmp_path), sections))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+        assert process.exitcode == 0
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"method": {"timesteps": (999.0, 499.0), "rollout": "real_data", "critic_updates_per_generator": 1}},
+        {"train": {"batch_size": 8, "generator_updates": 6, "micro_batch_size": 4}},
+    ],
+    ids=["gan", "real_data", "accumulated"],
+)
+def test_one_rank_for_each_role_gives_the_losses_and_weights_of_one_process_bit_for_bit(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)
+    config = config_of(**sections)
+    updates = config.train.generator_updates
+    expected, expected_weights = colocated(config, updates)
+    generator, critic = apart(tmp_path, 2, 1, **sections)
+    assert [figures(values) for values in generator["values"]] == expected
+    found = generator["weights"] | {f"critic/{n}": t for n, t in critic["weights"].items()}
+    assert found.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(("world_size", "critics"), [(3, 1), (3, 2), (4, 2)])
+def test_any_number_of_ranks_differs_by_the_order_of_sums_only(
+    tmp_path: Path, world_size: int, critics: int
+) -> None:
+    torch.set_num_threads(1)
+    sections = {"train": {"batch_size": 8, "generator_updates": 3}}
+    smooth = {
+        "generator": {"eps": 1e-3}, "critic": {"eps": 1e-3},
+    }  # fmt: skip
+    # Adam divides by the square root of tiny squares; with a large epsilon rounding stays rounding
+    expected, expected_weights = colocated(config_of(**sections, **smooth), 3)
+    saved = apart(tmp_path, world_size, critics, **sections, **smooth)
+    for rank in saved:
+        prefix = "critic/" if rank["role"] == "critic" else ""
+        for name, tensor in rank["weights"].items():
+            assert (tensor - expected_weights[prefix + name]).abs().max() < 1e-5, name
+    for found, one in zip(saved[0]["values"], expected, strict=True):
+        for name in ("loss/dm", "loss/dsm", "loss/gan_generator", "grad_norm/dm", "sample/absmax"):
+            assert found[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_one_window_of_staleness_is_logged_and_ends_between_snapshots(tmp_path: Path) -> None:
+    sections = {
+        "train": {"batch_size": 8, "generator_updates": 7},
+        "placement": {"max_staleness": 1},
+        "checkpoint": {"every": 4},
+        "evaluator": {"enabled": False},
+    }
+    generator, _ = apart(tmp_path, 2, 1, **sections)
+    versions: dict[float, float] = {}
+    for values in generator["values"]:
+        if "version/generator" in values:
+            versions[values["version/generator"]] = values["version/critic"]
+    # R = 2; update 4 follows a snapshot, so the critic has finished window 3 before it answers
+    assert versions[6.0] == 2 * 5
+    assert {update: behind for update, behind in versions.items() if update in (1.0, 2.0, 3.0)} == {
+        1.0: 0.0, 2.0: 2.0, 3.0: 4.0,
+    }  # fmt: skip
+    assert versions.get(4.0, 8.0) == 8.0
+
+
+@pytest.mark.parametrize("stale", [0, 1])
+def test_stopping_leaves_both_roles_at_the_same_update(tmp_path: Path, stale: int) -> None:
+    saved = apart(tmp_path, 2, 1, stop_at=3, placement={"max_staleness": stale}, evaluator={"enabled": False})
+    assert [len(rank["values"]) for rank in saved] == [3, 3]
+
+
+def test_partition_deals_the_critic_evenly_over_nodes_and_keeps_rank_0_with_the_generator() -> None:
+    assert partition([0, 0], 1).critic == (1,)
+    ranks = partition([0, 0, 0, 0, 1, 1, 1, 1], 2)
+    assert ranks.critic == (3, 7)
+    # Ray numbers ranks node by node, but nothing here depends on it
+    assert partition([0, 1, 0, 1], 2).critic == (2, 3)
+    for world in range(2, 9):
+        for critics in range(1, world):
+            dealt = partition([0] * world, critics)
+            assert 0 in dealt.generator
+            assert len(dealt.critic) == critics
+            assert sorted(dealt.generator + dealt.critic) == list(range(world))
+    for bad in (0, 2):
+        with pytest.raises(PlacementError, match=rf"placement\.critic_ranks={bad} of 2 ranks"):
+            partition([0, 0], bad)
+
+
+@pytest.mark.parametrize(("world", "critics"), [(2, 1), (3, 1), (5, 2), (6, 3)])
+def test_transfers_carry_every_sample_once(world: int, critics: int) -> None:
+    ranks = partition([0] * world, critics)
+    size = 2 * critics * (world - critics)
+    seen = [n for transfer in transfers(ranks, size) for n in range(transfer.start, transfer.stop)]
+    assert sorted(seen) == list(range(size))
+
+
+def test_more_critic_updates_get_more_critic_ranks() -> None:
+    seconds = RoleSeconds(generator_update=3.0, sample=1.0, critic_answer=1.0, critic_update=3.0)
+    chosen = [best_num_critic(8, 840, None, seconds, r) for r in (1, 2, 5, 10)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] < chosen[-1]
+    best = min(range(1, 8), key=lambda c: window_seconds(seconds, 5, 8 - c, c))
+    assert chosen[2] == best
+    with pytest.raises(PlacementError, match=r"train\.batch_size=7 can't be shared"):
+        best_num_critic(4, 7, None, seconds, 5)
