@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def parse() -> argparse.Namespace:
 def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     import torch
 
-    from raydistill.data.reader import Batch, DataConfig
-    from raydistill.diffusion.random import Draws
+    from raydistill.data.normal import NormalSource
+    from raydistill.data.reader import DataConfig
     from raydistill.methods.dmd2 import DMD2Config
     from raydistill.models.denoiser import parameter_count
     from raydistill.roles.world import World
@@ -92,22 +92,7 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         data=DataConfig(shards="standard-normal"),
     )
 
-    class NormalSource:
-        def __init__(self, purpose: str, fields: tuple[str, ...], size: int, micro: int):
-            self.purpose, self.fields, self.draws, self.size = purpose, fields, Draws(0), size
-            self.counters: dict[str, int] = {}
-
-        def batch(self, index: int) -> Iterator[Batch]:
-            import numpy as np
-
-            positions = np.arange(index * self.size, (index + 1) * self.size)
-            text = {n: self.draws.normal(f"{self.purpose}/{n}", 0, positions, s) for n, s in shapes.items()}
-            x0 = (
-                self.draws.normal(self.purpose, 0, positions, pipeline.latent_shape)
-                if "latent" in self.fields
-                else None
-            )
-            yield Batch(positions, [], [""] * self.size, None, x0, text)
+    source = partial(NormalSource, latent_shape=pipeline.latent_shape, cond_shapes=shapes)
 
     class BenchSession:
         world = World()
@@ -119,7 +104,7 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
             return None
 
     baseline = peak_memory_gib(device)
-    trainer = Trainer(config, BenchSession(), pipeline, NormalSource)  # type: ignore[arg-type]
+    trainer = Trainer(config, BenchSession(), pipeline, source)  # type: ignore[arg-type]
     networks_by_role = {
         "generator": trainer.generator.denoiser, "critic": trainer.critic.critic.denoiser, "teacher": pipeline.denoiser,
     }  # fmt: skip

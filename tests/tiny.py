@@ -1,14 +1,12 @@
 """A tiny real trainer for tests: random UNet on 3x8x8 pixels, normal data, no files."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from raydistill.data.reader import Batch, DataConfig
-from raydistill.diffusion.random import Draws
+from raydistill.data.normal import NormalSource
+from raydistill.data.reader import DataConfig
 from raydistill.methods.dmd2 import DMD2Config
 from raydistill.models.diffusers_hub import PixelPipeline, random_pixel_pipeline
 from raydistill.roles.critic import CriticConfig
@@ -19,33 +17,13 @@ from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
 from raydistill.runtime.trainer import Trainer
 
 
-class NormalSource:
-    """Batches of normal samples with random conditions, a pure function of the global position."""
-
-    def __init__(
-        self,
-        purpose: str,
-        fields: tuple[str, ...],
-        size: int,
-        micro: int,
-        world: World,
-        shape: tuple[int, ...],
-    ):
-        self.purpose, self.fields, self.size, self.micro = purpose, fields, size, micro
-        self.world, self.shape = world, shape
-        self.draws = Draws(7)
-        self.counters: dict[str, int] = {}
-
-    def batch(self, index: int) -> Iterator[Batch]:
-        per_rank = self.size // self.world.size
-        first = index * self.size + self.world.rank * per_rank
-        for start in range(first, first + per_rank, self.micro):
-            positions = np.arange(start, start + self.micro)
-            text = {"text": self.draws.normal(f"{self.purpose}/text", 0, positions, (1, 64))}
-            x0 = (
-                self.draws.normal(self.purpose, 0, positions, self.shape) if "latent" in self.fields else None
-            )
-            yield Batch(positions, [], [""] * self.micro, None, x0, text)
+def normal_source(
+    purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World, shape: tuple[int, ...]
+) -> NormalSource:
+    return NormalSource(
+        purpose, fields, size, micro,
+        latent_shape=shape, cond_shapes={"text": (1, 64)}, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
 
 
 class PlainSession:
@@ -87,6 +65,6 @@ def tiny_trainer(config: RunConfig, world: World | None = None, scorer: Scorer |
     session = PlainSession(world, scorer)
 
     def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
-        return NormalSource(purpose, fields, size, micro, session.world, pipeline.latent_shape)
+        return normal_source(purpose, fields, size, micro, session.world, pipeline.latent_shape)
 
     return Trainer(config, session, pipeline, source)  # type: ignore[arg-type]

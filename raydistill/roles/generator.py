@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,10 +61,18 @@ class GeneratorTrainer:
         with torch.set_grad_enabled(grad):
             return self.denoiser(x_in, t_in, cond)
 
-    def backward(self, x: Tensor, leaf: Tensor, losses: Losses, num_micro_batches: int) -> None:
+    def backward(
+        self,
+        x: Tensor,
+        leaf: Tensor,
+        losses: Losses,
+        num_micro_batches: int,
+        others_done: Callable[[], None] = lambda: None,
+    ) -> None:
         """Accumulate one micro-batch's gradient, term by term at the samples and once through the generator.
 
-        x: samples with their graph; leaf: the same values, on which the losses were computed.
+        x: samples with their graph; leaf: the same values, on which the losses were computed. others_done: called
+        between the two, when no other network's graph is needed any more.
         """
         field = torch.zeros_like(leaf)
         norms = {}
@@ -72,6 +80,7 @@ class GeneratorTrainer:
             (gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
             norms[f"{AT_SAMPLES}{name}"] = gradient.norm()
             field += gradient
+        others_done()
         x.backward(field / num_micro_batches)
         total = {"loss/generator_total": losses.total()}
         self._scalars.append(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, tee
 from typing import Any
 
@@ -188,9 +189,7 @@ class GeneratorRank(GeneratorSide):
             answers = self._critic_answers(micro, each)
             waited += time.perf_counter() - before
             answers |= {name: pending.answer() for name, pending in each.pending.items()}
-            self.generator_backward(each, answers)
-            for piece in self._pieces(micro):
-                self._wired.lanes.send_numbers([_DONE], piece.transfer.critic)
+            self.generator_backward(each, answers, partial(self._release, micro))
         values = self.generator.step(self.config.train.batch_size, gan_stage=self.gan_stage(update))
         ahead = self.ask_ahead(update + 1)
         if ahead:
@@ -207,6 +206,11 @@ class GeneratorRank(GeneratorSide):
         values |= self._critic_figures(int(is_stale(self.config, update + 1)))
         values |= self.teacher.figures() | {"time/critic_wait_s": waited, "time/generator_s": busy}
         return values | self.count(time.perf_counter() - started)
+
+    def _release(self, micro: int) -> None:
+        """Tell the critic that no backward pass through its answers is to come: it learns while this rank works on."""
+        for piece in self._pieces(micro):
+            self._wired.lanes.send_numbers([_DONE], piece.transfer.critic)
 
     def _critic_figures(self, later: int) -> dict[str, float]:
         """The critic's figures of its newest finished window; `later` windows are still to be reported."""

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import UNetDenoiser, denoiser_on_meta
 from raydistill.models.heads import BottleneckHead
-from raydistill.runtime.ranks import RoleSeconds
 from raydistill.runtime.settings import RunConfig, teacher_folder
+from raydistill.runtime.simulate import RoleSeconds
 
 GIB = 2**30
 
@@ -100,10 +100,11 @@ def role_forwards(config: RunConfig) -> RoleSeconds:
     r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
     sample = 1 + ((n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0)
     return RoleSeconds(
-        generator_update=forwards["generator"] - (r - 1) * sample,
+        generator_update=forwards["generator"] - r * sample,
         sample=sample,
         critic_answer=answer,
         critic_update=(forwards["critic"] - answer) / r,
+        teacher_answer=forwards["teacher"],
     )
 
 

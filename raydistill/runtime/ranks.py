@@ -7,22 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raydistill.errors import PlacementError
+from raydistill.runtime.simulate import Layout, RoleSeconds, simulate
 
 Role = Literal["generator", "critic"]
-
-
-@dataclass(frozen=True)
-class RoleSeconds:
-    """Seconds of one rank with the whole batch, or any other unit of time."""
-
-    generator_update: float
-    """The generator's update without its waiting for others."""
-    sample: float
-    """One batch of samples without gradient."""
-    critic_answer: float
-    """The critic's answers to a generator update."""
-    critic_update: float
-    """One update of the critic."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +57,6 @@ def partition(nodes: Sequence[int], num_critic: int) -> Partition:
     )
 
 
-def window_seconds(seconds: RoleSeconds, r: int, generators: int, critics: int) -> float:
-    """Length of one window of a split placement whose teachers are never waited for.
-
-    The generator's chain (answer, update, next samples) and the critic's chain (answer, R updates) meet at the answers;
-    samples for the critic are made while it learns from those before.
-    """
-    update = seconds.generator_update / generators
-    sample = seconds.sample / generators
-    answer, learn = seconds.critic_answer / critics, seconds.critic_update / critics
-    # when the critic may begin its k-th update: the k-th samples are there, and the update before is done
-    generator_at = answer + update
-    critic_at = generator_at
-    for k in range(r):
-        if k == 1:
-            generator_at += sample  # the next update's samples go to the teachers first
-        if k:
-            generator_at += sample
-            critic_at = max(critic_at, generator_at)
-        critic_at += learn
-    return max(critic_at, generator_at + (sample if r == 1 else 0.0))
-
-
 def best_num_critic(
     world: int, batch_size: int, micro_batch_size: int | None, seconds: RoleSeconds, r: int
 ) -> int:
@@ -110,7 +75,12 @@ def best_num_critic(
             f"train.batch_size={batch_size} can't be shared by any number of generator and critic ranks that add up to "
             f"placement.workers={world} (micro-batches of {micro}): change one of them"
         )
-    return min(possible, key=lambda critics: (window_seconds(seconds, r, world - critics, critics), critics))
+
+    def window_s(critics: int) -> float:
+        layout = Layout("disaggregated", generators=world - critics, critics=critics)
+        return simulate(seconds, r, layout).window_s
+
+    return min(possible, key=lambda critics: (window_s(critics), critics))
 
 
 def transfers(ranks: Partition, batch_size: int) -> list[Transfer]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import tee
 
@@ -196,13 +196,15 @@ class GeneratorSide(Rank):
             return iter(ahead[1])
         return iter(list(self._ask(update))) if self.asks_ahead else self._ask(update)
 
-    def generator_backward(self, asked: Asked, answers: Mapping[str, Tensor]) -> Tensor:
+    def generator_backward(
+        self, asked: Asked, answers: Mapping[str, Tensor], others_done: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """One micro-batch's losses and gradient; returns its samples without their graph."""
         x = asked.x
         if not x.requires_grad:
             x = self._sample(asked.prompts, asked.real, asked.draws, grad=True)
         losses = self.method.generator_losses(asked.leaf, asked.queries, answers)
-        self.generator.backward(x, asked.leaf, losses, self.batches.num_micro_batches)
+        self.generator.backward(x, asked.leaf, losses, self.batches.num_micro_batches, others_done)
         return x.detach()
 
     def fresh_sample(self, step: int, prompts: Prompts, real: RealBatch | None) -> Sampled:

@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raydistill.data.normal import NormalSource
 from raydistill.errors import PlacementError
 from raydistill.roles.world import World
 from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.build import build_teacher
-from raydistill.runtime.ranks import RoleSeconds, best_num_critic, partition, transfers, window_seconds
+from raydistill.runtime.ranks import best_num_critic, partition, transfers
 from raydistill.runtime.settings import RunConfig
-from tests.tiny import NormalSource, PlainSession, tiny_config, tiny_pipeline, tiny_trainer
+from raydistill.runtime.simulate import Layout, Network, RoleSeconds, Sizes, simulate
+from tests.tiny import PlainSession, normal_source, tiny_config, tiny_pipeline, tiny_trainer
 
 CLOCK = ("time/", "throughput/", "memory/", "version/", "teacher/")
 
@@ -92,7 +94,7 @@ def _rank(rank: int, world_size: int, critics: int, port: int, folder: str, sect
     session = Session(World(rank, world_size), build_teacher(config, tiny_pipeline(), torch.device("cpu")))
 
     def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
-        return NormalSource(purpose, fields, size, micro, world, pipeline.latent_shape)
+        return normal_source(purpose, fields, size, micro, world, pipeline.latent_shape)
 
     kind = GeneratorRank if role == "generator" else CriticRank
     trainer = kind(config, session, ranks, world, pipeline, source)  # type: ignore[arg-type]
@@ -226,7 +228,46 @@ def test_more_critic_updates_get_more_critic_ranks() -> None:
     chosen = [best_num_critic(8, 840, None, seconds, r) for r in (1, 2, 5, 10)]
     assert chosen == sorted(chosen)
     assert chosen[0] < chosen[-1]
-    best = min(range(1, 8), key=lambda c: window_seconds(seconds, 5, 8 - c, c))
-    assert chosen[2] == best
+    times = {c: simulate(seconds, 5, Layout("disaggregated", 8 - c, c)).window_s for c in range(1, 8)}
+    assert chosen[2] == min(times, key=lambda c: times[c])
     with pytest.raises(PlacementError, match=r"train\.batch_size=7 can't be shared"):
         best_num_critic(4, 7, None, seconds, 5)
+
+
+SECONDS = RoleSeconds(
+    generator_update=0.2, sample=0.1, critic_answer=0.1, critic_update=0.3, teacher_answer=0.4
+)
+
+
+def test_simulated_windows_of_one_device_are_the_sum_of_its_work() -> None:
+    alone = simulate(SECONDS, 5, Layout("colocated"))
+    assert alone.window_s == pytest.approx(0.2 + 5 * 0.1 + 0.1 + 5 * 0.3 + 0.4)
+    assert alone.idle["worker"] == pytest.approx(0.0)
+    two = simulate(SECONDS, 5, Layout("colocated", generators=2))
+    assert two.window_s == pytest.approx(alone.window_s / 2)
+
+
+def test_simulated_teachers_hide_behind_the_critic_until_they_can_not() -> None:
+    hidden = simulate(SECONDS, 5, Layout("teachers", teachers=1))
+    assert hidden.window_s == pytest.approx(0.2 + 5 * 0.1 + 0.1 + 5 * 0.3)
+    assert hidden.idle["teacher"] == pytest.approx(1 - 0.4 / hidden.window_s)
+    slow = RoleSeconds(0.2, 0.1, 0.1, 0.3, teacher_answer=10.0)
+    # sample, ask, wait for the answers, update: nothing else fits beside it
+    assert simulate(slow, 5, Layout("teachers", teachers=1)).window_s == pytest.approx(10.0 + 0.2 + 0.1)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5, 10])
+def test_simulated_roles_apart_wait_for_the_longer_chain(r: int) -> None:
+    result = simulate(SECONDS, r, Layout("disaggregated", 1, 1, 1))
+    # the critic answers and learns; the generator updates, makes the next samples and waits for the teacher's answers
+    assert result.window_s == pytest.approx(max(0.1 + r * 0.3, 0.2 + 0.1 + 0.4), rel=1e-6)
+    stale = simulate(SECONDS, r, Layout("disaggregated", 1, 1, 1, max_staleness=1))
+    assert stale.window_s <= result.window_s + 1e-9
+
+
+def test_simulated_network_costs_time_and_thousands_of_ranks_are_no_work() -> None:
+    sizes = Sizes(batch=64e6, query=128e6, generator_gradient=1e9, critic_gradient=1e9)
+    free = simulate(SECONDS, 5, Layout("disaggregated", 512, 512, 512))
+    slow = simulate(SECONDS, 5, Layout("disaggregated", 512, 512, 512), Network(50e-6, 10e9), sizes)
+    assert slow.window_s > free.window_s
+    assert Network(1e-3, 1e9).all_reduce_seconds(8e9, 8) == pytest.approx(14 * (1e-3 + 1.0))
