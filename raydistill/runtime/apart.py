@@ -244,7 +244,7 @@ class GeneratorRank(GeneratorSide):
             answer = _CriticAnswer(
                 self._wired.lanes, number, [(piece, each.take()) for piece, each in expected[number]]
             )
-            answers[name] = _Answer.apply(query.x_t, answer) if query.x_t.requires_grad else answer.value()
+            answers[name] = _Answer.apply(query.x_t, answer) if query.x_t.requires_grad else answer.value()  # type: ignore[no-untyped-call]
         return answers
 
 
@@ -267,7 +267,7 @@ class CriticRank(CriticSide):
     ):
         """world: the critic ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
-        self.build_critic()
+        self.build_critic(adopt=True)
         self._wired = _Wired(
             config, ranks, session.world.rank, _micro_of_generators(config, ranks), session.device
         )

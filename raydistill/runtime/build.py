@@ -39,13 +39,7 @@ def build_generator(
     config: RunConfig, pipeline: TextToImage, world: World, device: torch.device, *, adopt: bool = False
 ) -> GeneratorTrainer:
     """The generator, a copy of the teacher; `adopt`: the pipeline's own network, where nobody else needs it."""
-    denoiser = _tuned(
-        trainable(pipeline.denoiser, config.train.dtype)
-        if adopt
-        else pipeline.copy_denoiser(config.train.dtype),
-        config.train,
-        device,
-    )
+    denoiser = _trainable(pipeline, config.train, device, adopt)
     return GeneratorTrainer(denoiser, config.generator, world, config.train.generator_updates)
 
 
@@ -55,13 +49,16 @@ def build_critic(
     pipeline: TextToImage,
     world: World,
     device: torch.device,
+    *,
     teacher: Denoiser | None = None,
+    adopt: bool = False,
 ) -> CriticTrainer:
     """The critic, a copy of the teacher, with a randomly initialised GAN head where the method has one.
 
-    teacher: where the head reads the teacher's features, if not from the pipeline's own network.
+    teacher: where the head reads the teacher's features, if not from the pipeline's own network. adopt: take the
+    pipeline's own network, where nobody else needs it.
     """
-    denoiser = _tuned(pipeline.copy_denoiser(config.train.dtype), config.train, device)
+    denoiser = _trainable(pipeline, config.train, device, adopt)
     head = None
     if method.needs.gan_head:
         size = pipeline.latent_shape[1] // 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
@@ -88,8 +85,9 @@ def tuned_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device
     return pipeline.denoiser
 
 
-def _tuned(denoiser: UNetDenoiser, train: TrainConfig, device: torch.device) -> UNetDenoiser:
-    denoiser = denoiser.to(device)
+def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device, adopt: bool) -> UNetDenoiser:
+    own = pipeline.denoiser
+    denoiser = (trainable(own, train.dtype) if adopt else pipeline.copy_denoiser(train.dtype)).to(device)
     if train.activation_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     _tune(denoiser, train)

@@ -56,7 +56,7 @@ class Lanes:
 
     def receive_numbers(self, count: int, source: int) -> list[int]:
         buffer = torch.empty(count, dtype=torch.int64, device=self._device)
-        dist.irecv(buffer, source).wait()
+        dist.recv(buffer, source)
         return [int(number) for number in buffer]
 
     def send_values(self, values: Mapping[str, float], to: int) -> None:
@@ -68,7 +68,7 @@ class Lanes:
     def receive_values(self, source: int) -> dict[str, float]:
         (size,) = self.receive_numbers(1, source)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        dist.irecv(buffer, source).wait()
+        dist.recv(buffer, source)
         parsed = json.loads(buffer.cpu().numpy().tobytes())
         return {name: float.fromhex(value) for name, value in parsed.items()}
 

@@ -423,7 +423,7 @@ class _Ticket:
     def answer(self) -> Tensor:
         if not self._query.x_t.requires_grad:
             return self.wait()
-        answer: Tensor = _Remote.apply(self._query.x_t, self)
+        answer: Tensor = _Remote.apply(self._query.x_t, self)  # type: ignore[no-untyped-call]
         return answer
 
     def wait(self) -> Tensor:

@@ -246,11 +246,16 @@ class CriticSide(Rank):
 
     critic: CriticTrainer
 
-    def build_critic(self) -> None:
+    def build_critic(self, *, adopt: bool = False) -> None:
         """The critic; its GAN head may read the features of a teacher that lives elsewhere."""
-        teacher = self.elsewhere.denoiser if self.elsewhere else None
         self.critic = build.build_critic(
-            self.config, self.method, self.pipeline, self.world, self.device, teacher
+            self.config,
+            self.method,
+            self.pipeline,
+            self.world,
+            self.device,
+            teacher=self.elsewhere.denoiser if self.elsewhere else None,
+            adopt=adopt,
         )
 
     def critic_update(
