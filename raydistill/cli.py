@@ -167,8 +167,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.placements import compare, table
+    from raydistill.runtime.plan import plan
+
     recipe, presets = _load_job(arguments.job)
-    return _show_plan(_configured(recipe, presets, arguments), with_settings=False)
+    config = _configured(recipe, presets, arguments)
+    _show_plan(config, with_settings=False)
+    found = compare(config, plan(config), arguments.devices, arguments.teachers)
+    if found:
+        print(f"\n{table(found, arguments.device_gib)}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -301,6 +316,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "what a job would allocate and compute, without doing it", _PLAN)
     _add_job_argument(plan)
     _add_recipe_arguments(plan, {})
+    plan.add_argument(
+        "--devices", type=_positive, default=3, metavar="N", help="to compare placements on (%(default)s)"
+    )
+    plan.add_argument(
+        "--teachers", type=_positive, default=1, metavar="N", help="teacher replicas of them (%(default)s)"
+    )
+    plan.add_argument("--device-gib", type=float, metavar="GIB", help="memory of a device (no limit)")
 
     sample = add("sample", _sample, "draw images with a run's generator", _SAMPLE)
     _add_snapshot_arguments(sample)
@@ -364,7 +386,11 @@ def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
 _TRAIN = """\
 Settings are dotted names: raydistill train jobs/dmd2_coco.py method.critic_updates_per_generator=10
 --help-settings lists them all. A run that was interrupted goes on when started again."""
-_PLAN = "Roles, bytes per role (GiB) and network forwards per update."
+_PLAN = """\
+Roles, bytes per role (GiB) and network forwards per update; then the placements that so many devices allow, with what
+moves between them, how long an update takes and who waits.
+
+  raydistill plan jobs/dmd2_coco.py --devices 16 --teachers 4 --device-gib 80"""
 _SAMPLE = 'raydistill sample runs/dmd2_coco --prompt "a red circle" --prompt "a blue square" --out grid.png'
 _EVALUATE = "Prints the metrics as JSON; a metric's name carries its number of samples."
 _EXPORT = "diffusers loads the folder: DiffusionPipeline.from_pretrained(FOLDER)"

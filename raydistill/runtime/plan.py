@@ -9,6 +9,7 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class Plan:
     """Forward equivalents of one generator update with its R critic updates, by role."""
     critic_answer: float
     """The critic's share of them that answers the generator's update."""
+    seconds: RoleSeconds
+    """The phases of a window, in forward equivalents."""
+    sample_bytes: int
+    """Of a batch of samples."""
+    query_bytes: int
+    """Of a batch of samples with their conditions."""
     encoder_share: float
     """e, the encoder half's share of a forward pass's FLOPs."""
     gflop_per_forward: float
@@ -91,21 +98,6 @@ def plan(config: RunConfig) -> Plan:
         teacher_folder(config.teacher), config.teacher.prediction, config.teacher.revision
     )
     return plan_for(config, denoiser, cond_shapes)
-
-
-def role_forwards(config: RunConfig) -> RoleSeconds:
-    """The phases of a window in forward equivalents, as a measure of their times."""
-    planned = plan(config)
-    forwards, answer = planned.forwards, planned.critic_answer
-    r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
-    sample = 1 + ((n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0)
-    return RoleSeconds(
-        generator_update=forwards["generator"] - r * sample,
-        sample=sample,
-        critic_answer=answer,
-        critic_update=(forwards["critic"] - answer) / r,
-        teacher_answer=forwards["teacher"],
-    )
 
 
 def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
@@ -159,7 +151,26 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
             int(activations * critic_graphs),
         ),
     }
-    return Plan(roles, forwards, critic_answer, share, full / micro / 1e9, config.train.batch_size)
+    seconds = RoleSeconds(
+        generator_update=backward,
+        sample=1 + rollout,
+        critic_answer=critic_answer,
+        critic_update=(forwards["critic"] - critic_answer) / r,
+        teacher_answer=forwards["teacher"],
+    )
+    sample_bytes = 4 * x[0].numel() * config.train.batch_size
+    cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
+    return Plan(
+        bytes_by_role=roles,
+        forwards=forwards,
+        critic_answer=critic_answer,
+        seconds=seconds,
+        sample_bytes=sample_bytes,
+        query_bytes=sample_bytes + cond_bytes,
+        encoder_share=share,
+        gflop_per_forward=full / micro / 1e9,
+        batch_size=config.train.batch_size,
+    )
 
 
 def _flops(call: Any) -> int:

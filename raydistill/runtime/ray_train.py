@@ -30,7 +30,7 @@ from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
 from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.build import pick_device
-from raydistill.runtime.plan import role_forwards
+from raydistill.runtime.plan import plan
 from raydistill.runtime.pool import TeacherPool, require_same_teacher
 from raydistill.runtime.ranks import best_num_critic, partition
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
@@ -218,7 +218,7 @@ def with_workers(config: RunConfig) -> RunConfig:
             placement.workers,
             config.train.batch_size,
             config.train.micro_batch_size,
-            role_forwards(config),
+            plan(config).seconds,
             config.method.critic_updates_per_generator,
         )
         placement = replace(placement, critic_ranks=critics)
