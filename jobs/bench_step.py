@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,11 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         data=DataConfig(shards="standard-normal"),
     )
 
-    source = partial(NormalSource, latent_shape=pipeline.latent_shape, cond_shapes=shapes)
+    def source(
+        purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int, world: World
+    ) -> NormalSource:
+        shapes_of_one = {"latent_shape": pipeline.latent_shape, "cond_shapes": shapes}
+        return NormalSource(purpose, fields, batch_size, micro_batch_size, **shapes_of_one)
 
     class BenchSession:
         world = World()

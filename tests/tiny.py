@@ -17,12 +17,10 @@ from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
 from raydistill.runtime.trainer import Trainer
 
 
-def normal_source(
-    purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World, shape: tuple[int, ...]
-) -> NormalSource:
+def normal_source(purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World) -> NormalSource:
     return NormalSource(
         purpose, fields, size, micro,
-        latent_shape=shape, cond_shapes={"text": (1, 64)}, rank=world.rank, world_size=world.size,
+        latent_shape=(3, 8, 8), cond_shapes={"text": (1, 64)}, rank=world.rank, world_size=world.size,
     )  # fmt: skip
 
 
@@ -63,8 +61,4 @@ def tiny_config(**sections: Any) -> RunConfig:
 def tiny_trainer(config: RunConfig, world: World | None = None, scorer: Scorer | None = None) -> Trainer:
     pipeline = tiny_pipeline()
     session = PlainSession(world, scorer)
-
-    def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
-        return normal_source(purpose, fields, size, micro, session.world, pipeline.latent_shape)
-
-    return Trainer(config, session, pipeline, source)  # type: ignore[arg-type]
+    return Trainer(config, session, pipeline, normal_source)  # type: ignore[arg-type]

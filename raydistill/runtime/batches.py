@@ -27,8 +27,8 @@ class BatchSource(Protocol):
     def batch(self, global_batch_index: int) -> Iterator[Batch]: ...
 
 
-OpenReader = Callable[[str, tuple[str, ...], int, int], BatchSource]
-"""(purpose, fields, global batch size, micro-batch size) -> source."""
+OpenReader = Callable[[str, tuple[str, ...], int, int, World], BatchSource]
+"""(purpose, fields, global batch size, micro-batch size, the ranks that share a batch) -> source."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ class Batches:
                 timeout_s=data.timeout_s,
             )
             self.fingerprint = self._shards.fingerprint
-        self._open = open_reader or self._open_shards
+        self._open_reader: OpenReader = open_reader or self._open_shards
         size = config.train.batch_size
         self.micro_batch_size = config.train.micro_batch_size or max(1, size // world.size)
         self.num_micro_batches = size // world.size // self.micro_batch_size
         micro = self.micro_batch_size
         self.readers = {
-            purpose: self._open(purpose, ("text",), size, micro)
+            purpose: self._open_reader(purpose, ("text",), size, micro, world)
             for purpose in ("prompt/generator", "prompt/critic")
         }
         if real_data:
-            self.readers["real"] = self._open("real", ("latent", "text"), size, micro)
+            self.readers["real"] = self._open_reader("real", ("latent", "text"), size, micro, world)
             if ahead:
                 # the same samples: a reader's window moves on and would have to come back
-                self.readers["real/ahead"] = self._open("real", ("latent", "text"), size, micro)
+                self.readers["real/ahead"] = self._open_reader("real", ("latent", "text"), size, micro, world)
         self._data_s = 0.0
 
     def prompts(self, purpose: str, number: int) -> Iterator[Prompts]:
@@ -101,7 +101,8 @@ class Batches:
 
     def some_real(self, size: int) -> RealBatch:
         """The first real samples of a stream of their own."""
-        reader = self._open("preflight", ("latent", "text"), size * self.world.size, size)
+        fields = ("latent", "text")
+        reader = self._open_reader("preflight", fields, size * self.world.size, size, self.world)
         return self._real(next(iter(reader.batch(0))))
 
     def counters(self) -> dict[str, float]:
@@ -140,7 +141,7 @@ class Batches:
             yield batch
 
     def _open_shards(
-        self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int
+        self, purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int, world: World
     ) -> ShardReader:
         index = self._shards.index
         # what the shards don't hold is encoded here, batch by batch
@@ -155,7 +156,7 @@ class Batches:
             fields=[name for name in wanted if stored.get(name, True)],
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=world.rank,
+            world_size=world.size,
             expect_encoder=self._pipeline.fingerprint,
         )

@@ -29,6 +29,7 @@ from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
 from raydistill.runtime.apart import CriticRank, GeneratorRank
+from raydistill.runtime.batches import OpenReader
 from raydistill.runtime.build import pick_device
 from raydistill.runtime.plan import plan
 from raydistill.runtime.pool import TeacherPool, require_same_teacher
@@ -78,9 +79,10 @@ class TrainSession:
             timeout_s=placement.teacher_timeout_s,
         )
 
-    def rank(self, config: RunConfig) -> Rank:
+    def rank(self, config: RunConfig, open_reader: OpenReader | None = None) -> Rank:
+        """What this rank is to hold. open_reader: instead of the shards that the settings name."""
         if config.placement.mode != "disaggregated":
-            return Trainer(config, self)
+            return Trainer(config, self, open_reader=open_reader)
         nodes = torch.zeros(self.world.size, dtype=torch.int64)
         nodes[self.world.rank] = ray.train.get_context().get_node_rank()
         self.world.max_(nodes)
@@ -89,7 +91,9 @@ class TrainSession:
         role = ranks.role(self.world.rank)
         members = ranks.ranks(role)
         world = World(members.index(self.world.rank), len(members), groups[role])
-        return (GeneratorRank if role == "generator" else CriticRank)(config, self, ranks, world)
+        return (GeneratorRank if role == "generator" else CriticRank)(
+            config, self, ranks, world, open_reader=open_reader
+        )
 
     def should_stop(self, world: World) -> bool:
         return world.any(stop_requested(self._run_dir))

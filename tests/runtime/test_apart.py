@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raydistill.data.normal import NormalSource
 from raydistill.errors import PlacementError
 from raydistill.roles.world import World
 from raydistill.runtime.apart import CriticRank, GeneratorRank
@@ -85,7 +84,6 @@ def _rank(rank: int, world_size: int, critics: int, port: int, folder: str, sect
     role = ranks.role(rank)
     members = ranks.ranks(role)
     world = World(members.index(rank), len(members), groups[role])
-    pipeline = tiny_pipeline()
 
     class Session(PlainSession):
         def should_stop(self, among: World) -> bool:
@@ -93,11 +91,8 @@ def _rank(rank: int, world_size: int, critics: int, port: int, folder: str, sect
 
     session = Session(World(rank, world_size), build_teacher(config, tiny_pipeline(), torch.device("cpu")))
 
-    def source(purpose: str, fields: tuple[str, ...], size: int, micro: int) -> NormalSource:
-        return normal_source(purpose, fields, size, micro, world, pipeline.latent_shape)
-
     kind = GeneratorRank if role == "generator" else CriticRank
-    trainer = kind(config, session, ranks, world, pipeline, source)  # type: ignore[arg-type]
+    trainer = kind(config, session, ranks, world, tiny_pipeline(), normal_source)  # type: ignore[arg-type]
     values = []
     while trainer.progress.generator_updates < config.train.generator_updates and trainer.goes_on():
         values.append(trainer.window())
