@@ -81,9 +81,10 @@ def _placed(config: RunConfig, plan: Plan, layout: Layout) -> PlacementPlan:
     if layout.mode == "disaggregated":
         held = {"generator": role_bytes("generator", g), "critic": role_bytes("critic", c)}
         answers_back = plan.sample_bytes * (3 if plan.critic_answer > 1 else 1)  # x_t's gradient, with a GAN
-        lanes = plan.sample_bytes * r + answers_back
+        lanes = float(plan.sample_bytes * r + answers_back)
     else:
-        held, c, lanes = {"worker": role_bytes("generator", g) + role_bytes("critic", g)}, g, 0.0
+        held, lanes = {"worker": role_bytes("generator", g) + role_bytes("critic", g)}, 0.0
+        c = g
     if layout.mode == "colocated":
         held["worker"] += roles["teacher"].total
     else:
