@@ -83,11 +83,10 @@ def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_
 
     trainer.method.critic_losses = spy  # type: ignore[method-assign]
     untouched = tiny_trainer(tiny_config())
-    batch = next(untouched.batches.readers["prompt/generator"].batch(0))
-    cond = untouched._cond(batch)
-    draws = PhaseDraws(untouched.draws, "generator", 0, batch.positions, torch.device("cpu"))
+    prompts = next(untouched.batches.prompts("prompt/generator", 0))
+    draws = PhaseDraws(untouched.draws, "generator", 0, prompts.positions, torch.device("cpu"))
     expected = untouched.generator.sample(
-        untouched.method, cond, untouched.pipeline.latent_shape, None, draws, grad=False
+        untouched.method, prompts.cond, untouched.pipeline.latent_shape, None, draws, grad=False
     )
     trainer.window()
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)

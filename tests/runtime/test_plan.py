@@ -98,10 +98,10 @@ def test_saved_activations_are_those_of_the_real_graph() -> None:
             seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = next(trainer.batches.readers["prompt/generator"].batch(0))
+    cond = next(trainer.batches.prompts("prompt/generator", 0)).cond
     x_t = torch.randn(8, *trainer.pipeline.latent_shape)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = trainer.generator.denoiser(x_t, torch.full((8,), 500.0), trainer._cond(batch))
+        graph = trainer.generator.denoiser(x_t, torch.full((8,), 500.0), cond)
     real = sum(t.untyped_storage().nbytes() for t in seen.values())
     assert graph.requires_grad
     assert planned(config).bytes_by_role["generator"].activations == pytest.approx(real, rel=0.15)
