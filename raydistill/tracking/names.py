@@ -38,8 +38,17 @@ METRICS: dict[str, str] = {
     # cost
     "time/update_s": "seconds for one generator update with its critic updates",
     "time/data_s": "seconds of it spent waiting for data",
+    "time/teacher_wait_s": "seconds of it spent waiting for teachers that live elsewhere",
+    "time/critic_wait_s": "seconds of it that generator ranks spent waiting for the critic's answers",
+    "time/generator_s": "seconds of it that generator ranks did not wait for the critic",
+    "time/critic_s": "seconds of a window of the critic's own ranks, waiting included",
     "throughput/images_per_s": "training samples per second, all ranks together",
     "memory/peak_gib": "peak memory of rank 0 in GiB since its process began",
+    # roles apart
+    "teacher/replicas": "teacher replicas that queries go to",
+    "teacher/retries": "queries repeated so far because a replica died or was slow",
+    "version/generator": "generator updates done when the critic's last answers were given",
+    "version/critic": "critic updates done by then; with max_staleness=1 up to R fewer than R times the above",
     # preflight: the teacher denoises real training samples before step 1
     "preflight/error_*": "relative error of the teacher's x0 at one noise level",
     # evaluation, at the step of the evaluated snapshot; N is part of the name
