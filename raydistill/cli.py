@@ -269,6 +269,22 @@ def _submit(arguments: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _teachers(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.pool import join_cluster, services, stop_service
+
+    join_cluster()
+    if arguments.stop:
+        stop_service(arguments.stop)
+        print(f"stopped the teacher service {arguments.stop}")
+        return 0
+    found = services()
+    for name, service in found.items():
+        print(f"{name}: {service['replicas']} replica(s) of {service['teacher']} ({service['identity']})")
+    if not found:
+        print("no teacher service runs on this cluster")
+    return 0
+
+
 def _up(arguments: argparse.Namespace) -> int:
     from raydistill.runtime import local_cluster
 
@@ -356,6 +372,8 @@ def _parser() -> argparse.ArgumentParser:
         "--stop-head", action="store_true", help="stop the head afterwards if this started it"
     )
     submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+    teachers = add("teachers", _teachers, "list the teacher services of a cluster, or stop one", _TEACHERS)
+    teachers.add_argument("--stop", metavar="NAME", help="end this service and its replicas")
     add("up", _up, "start a Ray head on this machine, if none runs", _UP)
     add("down", _down, "stop the Ray head that raydistill started, and no other")
     return parser
@@ -399,6 +417,9 @@ Starts a head on 127.0.0.1 if none runs, sends Ray's auth token where one exists
 again when it breaks off. Ctrl-C asks whether to stop the job. The exit code is the job's.
 
   raydistill submit -- python jobs/dmd2_coco.py train.generator_updates=200"""
+_TEACHERS = """\
+A run with placement.teacher_service=NAME starts the service or joins it; it outlives the run. Asks the cluster of
+RAY_ADDRESS, or the head of this machine."""
 _UP = "The head listens on 127.0.0.1:8265 (or RAYDISTILL_DASHBOARD_PORT) and outlives this command."
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 import uuid
@@ -38,6 +39,7 @@ from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
 log = logging.getLogger(__name__)
 
 NAMESPACE = "raydistill"
+_SERVICE = "teacher_service/"
 _TELL_S = 60.0
 _REPORT_S = 1.0
 _SHRINK_AFTER_S = 30.0
@@ -206,7 +208,7 @@ def start_pool(config: RunConfig) -> Any:
     name = config.placement.teacher_service
     if name:
         options |= {
-            "name": f"teacher_service/{name}",
+            "name": f"{_SERVICE}{name}",
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "get_if_exists": True,
@@ -230,6 +232,40 @@ def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> N
             "placement.teacher_service, or the same teacher.path, teacher.dtype, teacher.prediction and "
             "train.channels_last"
         )
+
+
+def join_cluster() -> None:
+    """Join the cluster of RAY_ADDRESS, or the head of this machine. Raises PlacementError if there is none."""
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        ray.init(address=address, logging_level="WARNING")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlacementError(f"no Ray cluster to ask (RAY_ADDRESS={address!r}): {error}") from error
+
+
+def services() -> dict[str, dict[str, Any]]:
+    """The named pools on the cluster that this process has joined: teacher, its identity and number of replicas."""
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_SERVICE):
+            manager = ray.get_actor(actor["name"], namespace=NAMESPACE)
+            spec, replicas = get(manager.spec.remote()), get(manager.handles.remote())
+            found[actor["name"].removeprefix(_SERVICE)] = {
+                "teacher": spec.path, "identity": spec.identity, "replicas": len(replicas),
+            }  # fmt: skip
+    return found
+
+
+def stop_service(name: str) -> None:
+    """End a named pool and its replicas. Raises PlacementError if there is none."""
+    try:
+        manager = ray.get_actor(f"{_SERVICE}{name}", namespace=NAMESPACE)
+    except ValueError:
+        there = ", ".join(services()) or "none"
+        raise PlacementError(
+            f"no teacher service {name!r} runs on this cluster; there are: {there}"
+        ) from None
+    ray.kill(manager)
 
 
 @dataclass
