@@ -24,7 +24,9 @@ from raydistill.runtime.build import build_pipeline, build_teacher
 from raydistill.runtime.pool import (
     TeacherPool,
     require_same_teacher,
+    services,
     start_pool,
+    stop_service,
     teacher_identity,
     wanted_replicas,
 )
@@ -265,7 +267,15 @@ def test_two_jobs_share_a_service_and_a_third_with_another_teacher_is_refused(
         require_same_teacher(other, start_pool(other), build_pipeline(config).fingerprint)
     with pytest.raises(PlacementError, match=r"choose another placement\.teacher_service"):
         require_same_teacher(config, manager, "0" * 64)
-    ray.kill(manager)
+    assert services()["shared"]["replicas"] == 1
+    stop_service("shared")
+    deadline = time.monotonic() + 30
+    while services() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    with pytest.raises(
+        PlacementError, match="no teacher service 'shared' runs on this cluster; there are: none"
+    ):
+        stop_service("shared")
 
 
 def test_teacher_that_can_not_be_loaded_is_told_as_itself(cluster: str) -> None:
