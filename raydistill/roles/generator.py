@@ -78,7 +78,8 @@ class GeneratorTrainer:
         norms = {}
         for name, term in losses.terms.items():
             (gradient,) = torch.autograd.grad(term, leaf, retain_graph=True)
-            norms[f"{AT_SAMPLES}{name}"] = gradient.norm()
+            # in one order of summing, however the network that it came through lays out its channels
+            norms[f"{AT_SAMPLES}{name}"] = gradient.contiguous().norm()
             field += gradient
         others_done()
         x.backward(field / num_micro_batches)

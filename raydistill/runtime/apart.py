@@ -39,6 +39,7 @@ from raydistill.runtime.lanes import Expected, Lanes
 from raydistill.runtime.ranks import Partition, Transfer, transfers
 from raydistill.runtime.session import Session
 from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.simulate import sampling_order
 from raydistill.runtime.trainer import Asked, CriticSide, GeneratorSide, Sampled
 
 _GO, _STOP = range(2)
@@ -191,16 +192,15 @@ class GeneratorRank(GeneratorSide):
             answers |= {name: pending.answer() for name, pending in each.pending.items()}
             self.generator_backward(each, answers, partial(self._release, micro))
         values = self.generator.step(self.config.train.batch_size, gan_stage=self.gan_stage(update))
-        ahead = self.ask_ahead(update + 1)
-        if ahead:
-            self._send_batch([each.leaf for each in ahead])
-            self._sent = update + 1
-        for k in range(1, r):
-            step = update * r + k
-            reals = self.batches.real(step, wanted=self.method.starts_from_real)
-            self._send_batch(
-                [self.fresh_sample(step, prompts, next(reals)).x for prompts in self.fresh_prompts(update, k)]
-            )
+        for k in sampling_order(r):
+            if k:
+                step = update * r + k
+                reals = self.batches.real(step, wanted=self.method.starts_from_real)
+                prompts = self.fresh_prompts(update, k)
+                self._send_batch([self.fresh_sample(step, these, next(reals)).x for these in prompts])
+            elif ahead := self.ask_ahead(update + 1):
+                self._send_batch([each.leaf for each in ahead])
+                self._sent = update + 1
         busy = time.perf_counter() - started - waited
         self._owed.append(update)
         values |= self._critic_figures(int(is_stale(self.config, update + 1)))
@@ -213,12 +213,20 @@ class GeneratorRank(GeneratorSide):
             self._wired.lanes.send_numbers([_DONE], piece.transfer.critic)
 
     def _critic_figures(self, later: int) -> dict[str, float]:
-        """The critic's figures of its newest finished window; `later` windows are still to be reported."""
+        """The critic's figures of this window, if they are there; those of earlier ones are logged where they belong.
+
+        later: windows whose figures come with a later one.
+        """
         values: dict[str, float] = {}
         while len(self._owed) > later:
-            self._owed.pop(0)
-            if self.session.world.rank == 0:
-                values = self._wired.lanes.receive_values(self._wired.ranks.critic[0])
+            update = self._owed.pop(0)
+            if self.session.world.rank != 0:
+                continue
+            values = self._wired.lanes.receive_values(self._wired.ranks.critic[0])
+            if update < self.progress.generator_updates:
+                if (update + 1) % self.config.train.log_every == 0:
+                    self.session.tracker.metrics(values, update + 1)
+                values = {}
         return values
 
     def _send_batch(self, micro_batches: Sequence[Tensor]) -> None:
@@ -299,8 +307,10 @@ class CriticRank(CriticSide):
         if self._served < update:
             self._serve(update)
         versions = {"version/generator": float(update), "version/critic": float(self._answered_at)}
-        following = self._expect_batch() if update + 1 < self.config.train.generator_updates else None
-        fresh = [self._expect_batch() for _ in range(1, r)]
+        last = update + 1 == self.config.train.generator_updates
+        # in the order in which they are sent; 0: the samples of the next generator update
+        expected = {k: self._expect_batch() for k in sampling_order(r) if k or not last}
+        following = expected.get(0)
         if following is not None and is_stale(self.config, update + 1):
             self._stop = self._told_to_stop()
             self._x[update + 1] = self._join(following)
@@ -313,7 +323,7 @@ class CriticRank(CriticSide):
             wanted = gan_stage or self.method.starts_from_real
             reals, conditions = tee(self.batches.real(step, wanted=wanted))
             prompts = self.fresh_prompts(update, k) if k else self.batches.prompts("prompt/generator", update)
-            x = self._join(fresh[k - 1]) if k else mine
+            x = self._join(expected[k]) if k else mine
             self.kept = list(self._micro_batches(x, prompts, conditions))
             values |= self.critic_update(step, iter(self.kept), reals, gan_stage=gan_stage)
         if following is not None and update + 1 not in self._x:

@@ -17,6 +17,15 @@ Mode = Literal["colocated", "teachers", "disaggregated"]
 _WARM_UP = 10
 
 
+def sampling_order(r: int) -> list[int]:
+    """In which order a generator rank makes the samples of a window's critic updates 1 to R-1, and (0) those of its own
+    next update.
+
+    Its own go first where the teacher has few critic updates to hide behind, else the critic's first, which waits.
+    """
+    return list(range(r)) if r < 3 else [1, 0, *range(2, r)]
+
+
 @dataclass(frozen=True)
 class RoleSeconds:
     """Seconds of one device with the whole batch, or any other unit of time."""
@@ -167,13 +176,14 @@ class _Run:
         def generate(update: int) -> None:
             nonlocal generator, teacher_at
             generator = max(generator, answered[update] + self.hop, teacher_at) + self.update
-            generator += self.sample
-            arrived.append(generator + self.hop)
-            teacher_at = self.scored(generator)
             made = []
-            for _ in range(1, self.r):
+            for k in sampling_order(self.r):
                 generator += self.sample
-                made.append(generator + self.hop)
+                if k:
+                    made.append(generator + self.hop)
+                else:
+                    arrived.append(generator + self.hop)
+                    teacher_at = self.scored(generator)
             samples.append(made)
 
         for update in range(windows):

@@ -55,7 +55,7 @@ def test_suggestion_is_the_fastest_that_fits_and_says_what_does_not() -> None:
     smallest = min(sizes, key=lambda mode: sizes[mode])
     assert suggested(found, sizes[smallest]).layout.mode == smallest
     with pytest.raises(
-        PlacementError, match=r"fits into 1e-06 GiB a device .*colocated .*train\\.micro_batch_size"
+        PlacementError, match=r"fits into 1e-06 GiB a device .*colocated .*train\.micro_batch_size"
     ):
         suggested(found, 1e-6)
     assert f"suggestion: placement.mode={fastest.layout.mode}" in table(found, None)
