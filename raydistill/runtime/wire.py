@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -55,24 +56,39 @@ def unpack_query(packed: Mapping[str, Any], device: torch.device | str, *, diffe
     )
 
 
-def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, tuple[np.ndarray, str, bool]]:
-    """Weights in the order in which they lie in memory: (array, dtype, whether channels lie last)."""
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as it lies in memory: channels may come last, and kernels choose their order of summing by it."""
+
+    flat: np.ndarray
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: WireDtype
+
+
+def pack_weights(weights: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
+    """Dense weights of any memory format."""
     packed = {}
     for name, tensor in weights.items():
-        last = tensor.ndim == 4 and not tensor.is_contiguous()
-        laid = (tensor.permute(0, 2, 3, 1) if last else tensor).detach().cpu().contiguous()
-        bf16 = tensor.dtype == torch.bfloat16
-        packed[name] = ((laid.view(torch.uint16) if bf16 else laid).numpy(), "bf16" if bf16 else "fp32", last)
+        host = tensor.detach().cpu()
+        flat = host.as_strided((host.numel(),), (1,))
+        bf16 = host.dtype == torch.bfloat16
+        packed[name] = PackedWeight(
+            (flat.view(torch.uint16) if bf16 else flat).numpy(),
+            tuple(host.shape),
+            tuple(host.stride()),
+            "bf16" if bf16 else "fp32",
+        )
     return packed
 
 
-def shared_weights(packed: Mapping[str, tuple[np.ndarray, str, bool]]) -> dict[str, Tensor]:
+def shared_weights(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
     """The weights as views of the arrays: out of the object store all processes of a node share one copy."""
     weights = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, (array, dtype, last) in packed.items():
-            tensor = torch.from_numpy(array)
-            tensor = tensor.view(torch.bfloat16) if dtype == "bf16" else tensor
-            weights[name] = tensor.permute(0, 3, 1, 2) if last else tensor
+        for name, weight in packed.items():
+            flat = torch.from_numpy(weight.flat)
+            flat = flat.view(torch.bfloat16) if weight.dtype == "bf16" else flat
+            weights[name] = flat.as_strided(weight.shape, weight.stride)
     return weights
