@@ -135,10 +135,16 @@ def apart(tmp_path: Path, world_size: int, critics: int, **sections: Any) -> lis
     "sections",
     [
         {},
-        {"method": {"timesteps": (999.0, 499.0), "rollout": "real_data", "critic_updates_per_generator": 1}},
-        {"train": {"batch_size": 8, "generator_updates": 6, "micro_batch_size": 4}},
+        {
+            "method": {
+                "timesteps": (999.0, 499.0),
+                "rollout": "real_data",
+                "critic_updates_per_generator": 3,
+            },
+            "train": {"batch_size": 8, "generator_updates": 6, "micro_batch_size": 4},
+        },
     ],
-    ids=["gan", "real_data", "accumulated"],
+    ids=["gan", "real_data_accumulated"],
 )
 def test_one_rank_for_each_role_gives_the_losses_and_weights_of_one_process_bit_for_bit(
     tmp_path: Path, sections: dict[str, Any]
@@ -155,7 +161,7 @@ def test_one_rank_for_each_role_gives_the_losses_and_weights_of_one_process_bit_
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize(("world_size", "critics"), [(3, 1), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("world_size", "critics"), [(3, 1), (3, 2)])
 def test_any_number_of_ranks_differs_by_the_order_of_sums_only(
     tmp_path: Path, world_size: int, critics: int
 ) -> None:
@@ -195,9 +201,8 @@ def test_one_window_of_staleness_is_logged_and_ends_between_snapshots(tmp_path: 
     assert versions == {1: (0, 0), 2: (1, 0), 3: (2, 2), 4: (3, 4), 5: (4, 8), 6: (5, 8), 7: (6, 10)}
 
 
-@pytest.mark.parametrize("stale", [0, 1])
-def test_stopping_leaves_both_roles_at_the_same_update(tmp_path: Path, stale: int) -> None:
-    saved = apart(tmp_path, 2, 1, stop_at=3, placement={"max_staleness": stale}, evaluator={"enabled": False})
+def test_stopping_leaves_both_roles_at_the_same_update_though_one_runs_ahead(tmp_path: Path) -> None:
+    saved = apart(tmp_path, 2, 1, stop_at=3, placement={"max_staleness": 1}, evaluator={"enabled": False})
     assert [len(rank["values"]) for rank in saved] == [3, 3]
 
 

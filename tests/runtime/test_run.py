@@ -257,19 +257,18 @@ def mlflow_steps(output_dir: Path, name: str) -> list[int]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2])
 def test_divergence_under_ray_ends_with_one_line_that_names_the_setting_and_a_whole_replay(
-    whole: Path, output_dir: Path, workers: int
+    whole: Path, output_dir: Path
 ) -> None:
     bad = settings(
-        output_dir, f"diverges_{workers}", "placement.session=ray", f"placement.workers={workers}",
+        output_dir, "diverges_under_ray", "placement.session=ray", "placement.workers=2",
         "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false",
     )  # fmt: skip
     process = job(*bad)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert re.search(r"raydistill: error: .*non-finite .*\.lr, now", output)
-    assert Snapshots(str(output_dir / f"diverges_{workers}" / "replay"), keep=1).latest() is not None
+    assert Snapshots(str(output_dir / "diverges_under_ray" / "replay"), keep=1).latest() is not None
 
 
 def kill_actor(process: "subprocess.Popen[str]", title: str) -> None:
@@ -293,14 +292,18 @@ def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> Non
 
 
 @pytest.mark.ray
-def test_evaluator_tracker_and_rank_may_be_killed_under_ray_and_no_figure_is_lost_or_doubled(
+def test_evaluator_tracker_teacher_and_rank_may_be_killed_and_no_figure_is_lost_or_doubled(
     whole: Path, output_dir: Path
 ) -> None:
-    process = job(*settings(output_dir, "deaths", "placement.session=ray", "placement.cpus_per_worker=1"))
+    process = job(
+        *settings(output_dir, "deaths", "placement.session=ray", "placement.cpus_per_worker=1"),
+        "placement.mode=teachers", "placement.cpus_per_teacher=0", "placement.teacher_replicas=2",
+    )  # fmt: skip
     folder = output_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
     wait_for(process, lambda: 0 in snapshots.steps())
     kill_actor(process, "ray::_EvaluatorActor")
+    kill_actor(process, "ray::_TeacherActor")
     wait_for(process, lambda: 2 in snapshots.steps())
     kill_actor(process, "ray::_TrackerActor")
     wait_for(process, lambda: 4 in snapshots.steps())
@@ -334,20 +337,19 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("mode", "workers"), [("teachers", 1), ("disaggregated", 2)])
-def test_placements_under_ray_give_the_figures_of_one_process(
-    whole: Path, output_dir: Path, mode: str, workers: int
+def test_roles_apart_under_ray_give_the_figures_and_weights_of_one_process(
+    whole: Path, output_dir: Path
 ) -> None:
     overrides = settings(
-        output_dir, mode, "placement.session=ray", f"placement.mode={mode}", f"placement.workers={workers}",
+        output_dir, "apart", "placement.session=ray", "placement.mode=disaggregated", "placement.workers=2",
         "placement.cpus_per_worker=1", "placement.cpus_per_teacher=0",
     )  # fmt: skip
     output = finish(job(*overrides), timeout_s=400)
-    assert output.splitlines()[-1] == f"summary: {output_dir}/{mode}/summary.json"
-    same_under_ray(points(output_dir / mode), points(whole))
-    assert mlflow_steps(output_dir, mode) == [1, 2, 3, 4, 5, 6]
+    assert output.splitlines()[-1] == f"summary: {output_dir}/apart/summary.json"
+    same_under_ray(points(output_dir / "apart"), points(whole))
+    assert mlflow_steps(output_dir, "apart") == [1, 2, 3, 4, 5, 6]
     # its snapshots are those of any other placement, which may go on from them
-    newest = Snapshots(str(output_dir / mode / "snapshots"), keep=1).latest()
+    newest = Snapshots(str(output_dir / "apart" / "snapshots"), keep=1).latest()
     reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
     assert newest is not None
     assert reference is not None
