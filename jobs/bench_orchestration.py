@@ -7,8 +7,8 @@ Prints, with medians of interleaved rounds:
     updates      one DMD2 update of the embedded networks in a bare Python loop, colocated under Ray Train, with the
                  teacher in a pool, and with generator and critic on ranks of their own; forward passes by role
     calls        a call with 4 MiB each way to a teacher replica, and between two ranks
-    pipeline     the schedule with roles apart at R = 1, 2, 5, 10, its networks replaced by processes that sleep (two cores
-                 can't run three roles at once), against the longest chain of dependencies
+    pipeline     the schedule with roles apart at R = 1, 2, 5, 10, its networks replaced by processes that sleep (two
+                 cores can't run three roles at once), against the longest chain of dependencies
     pool         queries per second of 1 to 8 sleeping replicas, against so many times one replica's
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import threading
 import time
@@ -250,9 +251,8 @@ def updates(rounds: int, batch: int, ratio: int) -> dict[str, Any]:
     print(f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds:")
     for name in names:
         passes = ", ".join(f"{role} {count:g}" for role, count in sorted(counts[name].items()))
-        print(
-            f"  {name:<10} {medians[name]:.3f} s   {medians[name] / medians['bare']:.2f} x bare   forward passes: {passes}"
-        )
+        ratio_of = medians[name] / medians["bare"]
+        print(f"  {name:<10} {medians[name]:.3f} s   {ratio_of:.2f} x bare   forward passes: {passes}")
     return {
         "update_s": medians,
         "colocated_over_bare": medians["colocated"] / medians["bare"],
@@ -430,7 +430,10 @@ def calls(count: int) -> dict[str, Any]:
     turns = ray.remote(_Turns).options(num_cpus=0).remote()
     fit_ranks(rank_calls, {"turns": turns, "calls": count}, workers=2, name="calls")
     ranks = [1000 * seconds for seconds in ray.get(turns.results.remote())[0]["rank"]]
-    results = {"remote_call_4mib_ms": statistics.median(remote), "rank_call_4mib_ms": statistics.median(ranks)}
+    results = {
+        "remote_call_4mib_ms": statistics.median(remote),
+        "rank_call_4mib_ms": statistics.median(ranks),
+    }
     print(f"4 MiB each way, median of {count} calls:")
     print(f"  to a teacher replica {results['remote_call_4mib_ms']:.1f} ms")
     print(f"  between two ranks    {results['rank_call_4mib_ms']:.1f} ms")
@@ -501,16 +504,13 @@ def pipeline(windows: int) -> dict[str, Any]:
 
 def sleeping_windows(settings: dict[str, Any]) -> None:
     """Windows of this rank with the method's networks replaced by sleep; everything between them is the real thing."""
-    import ray
     import torch
 
     from raydistill.data.normal import NormalSource
     from raydistill.methods.method import Losses
-    from raydistill.runtime import pool as pools
     from raydistill.runtime import ray_train
 
     ray_train.require_same_teacher = lambda *unused: None
-    assert pools
     config = settings["config"]
     session = ray_train.TrainSession(config, None, None, settings["teachers"], "")
 
@@ -578,7 +578,9 @@ def pool(queries: int) -> dict[str, Any]:
         rates[count] = queries * count / (time.perf_counter() - started)
     shares = {str(count): rate * each / count for count, rate in rates.items()}
     for count, rate in rates.items():
-        print(f"  {count} replicas {rate:6.1f} queries/s, {shares[str(count)]:.1%} of {count} times 1/{each} s")
+        print(
+            f"  {count} replicas {rate:6.1f} queries/s, {shares[str(count)]:.1%} of {count} times 1/{each} s"
+        )
     return {"pool_efficiency": shares}
 
 

@@ -70,7 +70,7 @@ class Batches:
                 timeout_s=data.timeout_s,
             )
             self.fingerprint = self._shards.fingerprint
-        self._open_reader: OpenReader = self._open_shards if open_reader is None else open_reader
+        self._open_reader = open_reader or self._open_shards
         size = config.train.batch_size
         self.micro_batch_size = config.train.micro_batch_size or max(1, size // world.size)
         self.num_micro_batches = size // world.size // self.micro_batch_size

@@ -40,7 +40,7 @@ class Lanes:
         self._leaving: list[tuple[Any, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Returns at once."""
+        """Returns at once; the tensor must not be changed in place afterwards."""
         self._post(tensor.detach().to(self._device, self._dtype), to)
 
     def expect(self, shape: Sequence[int], source: int) -> Expected:
@@ -80,6 +80,5 @@ class Lanes:
 
     def _post(self, tensor: Tensor, to: int) -> None:
         self._leaving = [(work, buffer) for work, buffer in self._leaving if not work.is_completed()]
-        # the buffer must stay as it is until it has left: a copy, unless `to` made one
-        buffer = tensor.contiguous().clone()
+        buffer = tensor.contiguous()
         self._leaving.append((dist.isend(buffer, to), buffer))
