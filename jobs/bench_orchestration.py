@@ -46,7 +46,9 @@ def main() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
-    ray.init(address="local", num_cpus=16, object_store_memory=512 * 2**20, logging_level="WARNING")
+    from raydistill.runtime.run import connect
+
+    connect(num_cpus=16)
     results: dict[str, Any] = {"machine": machine()}
     try:
         if "updates" in arguments.only:
@@ -190,9 +192,11 @@ class _Turns:
     def turn(self) -> str:
         return self._turn
 
-    def done(self, name: str, seconds: float, counts: dict[str, float]) -> None:
-        self._seconds.setdefault(name, []).append(seconds)
+    def count(self, name: str, counts: dict[str, float]) -> None:
         self._counts[name] = self._counts.get(name, {}) | counts
+
+    def done(self, name: str, seconds: float) -> None:
+        self._seconds.setdefault(name, []).append(seconds)
         self._turn = ""
 
     def results(self) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
@@ -301,7 +305,8 @@ def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any, threads
     TorchTrainer(
         turn_worker,
         train_loop_config={
-            "name": name, "config": config, "teachers": teachers, "turns": turns, "threads": threads,
+            "name": name, "config": config, "teachers": teachers, "turns": turns,
+            "threads": max(1, threads // max(1, config.placement.workers)),
         },
         scaling_config=ScalingConfig(num_workers=max(1, config.placement.workers), resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo"),
@@ -345,9 +350,10 @@ def turn_worker(settings: dict[str, Any]) -> None:
             if trainer.goes_on():
                 trainer.window()
             seconds = time.perf_counter() - started
+        ray.get(turns.count.remote(name, counts))
         session.world.barrier()
         if session.world.rank == 0:
-            ray.get(turns.done.remote(name, seconds, counts))
+            ray.get(turns.done.remote(name, seconds))
         session.world.barrier()
 
 
@@ -458,7 +464,7 @@ def rank_calls(settings: dict[str, Any]) -> None:
         else:
             lanes.send(lanes.receive(MIB_4, 0), 0)
         if mine == 0 and number >= 5:
-            ray.get(settings["turns"].done.remote("rank", time.perf_counter() - started, {}))
+            ray.get(settings["turns"].done.remote("rank", time.perf_counter() - started))
     lanes.flush()
 
 
@@ -554,7 +560,7 @@ def sleeping_windows(settings: dict[str, Any]) -> None:
         trainer.window()
         now = time.perf_counter()
         if session.world.rank == 0:
-            settings["turns"].done.remote("window", now - last, {})
+            settings["turns"].done.remote("window", now - last)
         last = now
     session.world.barrier()
 

@@ -164,7 +164,7 @@ def _run_on_ray(config: RunConfig) -> None:
 
     mine = not ray.is_initialized()
     if mine:
-        _connect()
+        connect()
     try:
         config = ray_train.with_workers(config)
         ray_train.require_room(config)
@@ -221,8 +221,8 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
                 ray.kill(actor)
 
 
-def _connect() -> None:
-    """Join the cluster of RAY_ADDRESS, or start one that lives as long as this process.
+def connect(num_cpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one that lives as long as this process, with all CPUs or `num_cpus`.
 
     The workers learn its address: Ray Train asks its state API whether the controller lives, and without RAY_ADDRESS
     that asks the head which was started last on the machine, be it another cluster's (the run would lose its workers)
@@ -246,6 +246,7 @@ def _connect() -> None:
         # "local" rather than what Ray finds: the address of a head that died is remembered, and waited for
         ray.init(
             address="local",
+            num_cpus=num_cpus,
             logging_level="WARNING",
             object_store_memory=256 * 2**20,
             dashboard_host="127.0.0.1",
