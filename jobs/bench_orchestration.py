@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -244,6 +245,8 @@ def updates(rounds: int, batch: int, ratio: int) -> dict[str, Any]:
                 continue
             ray.get(turns.give.remote(name))
             while ray.get(turns.turn.remote()) == name:
+                if not all(fit.is_alive() for fit in fits):
+                    raise SystemExit("a placement failed; its error is above")
                 time.sleep(0.01)
         show_progress(f"updates {number + 1}/{rounds + 2}")
     ray.get(turns.give.remote("end"))
@@ -252,7 +255,9 @@ def updates(rounds: int, batch: int, ratio: int) -> dict[str, Any]:
     measured, counts = ray.get(turns.results.remote())
     measured["bare"], counts["bare"] = seconds, counted
     medians = {name: statistics.median(measured[name][2:]) for name in names}
-    print(f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds:")
+    print(
+        f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds (a pool's passes not counted):"
+    )
     for name in names:
         passes = ", ".join(f"{role} {count:g}" for role, count in sorted(counts[name].items()))
         ratio_of = medians[name] / medians["bare"]
@@ -310,7 +315,7 @@ def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any, threads
         },
         scaling_config=ScalingConfig(num_workers=max(1, config.placement.workers), resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo"),
-        run_config=TrainRunConfig(name=name, storage_path="/tmp/raydistill_bench"),
+        run_config=TrainRunConfig(name=name, storage_path=tempfile.mkdtemp(prefix="raydistill_bench")),
     ).fit()  # fmt: skip
 
 
@@ -465,7 +470,8 @@ def rank_calls(settings: dict[str, Any]) -> None:
             lanes.send(lanes.receive(MIB_4, 0), 0)
         if mine == 0 and number >= 5:
             ray.get(settings["turns"].done.remote("rank", time.perf_counter() - started))
-    lanes.flush()
+    for _ in range(2):
+        lanes.begin_window()
 
 
 def fit_ranks(function: Any, settings: dict[str, Any], workers: int, name: str) -> None:
@@ -479,7 +485,7 @@ def fit_ranks(function: Any, settings: dict[str, Any], workers: int, name: str) 
         train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo"),
-        run_config=TrainRunConfig(name=name, storage_path="/tmp/raydistill_bench"),
+        run_config=TrainRunConfig(name=name, storage_path=tempfile.mkdtemp(prefix="raydistill_bench")),
     ).fit()
 
 

@@ -184,7 +184,7 @@ def worker_cpus(config: RunConfig) -> int:
 def free_cpus(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> float:
     """CPUs of the largest node when the teachers are spread over all of them."""
     placement = config.placement
-    teachers = (
-        placement.teacher_replicas * placement.cpus_per_teacher if placement.mode == "teachers" else 0.0
-    )
+    teachers = 0.0
+    if placement.mode != "colocated":
+        teachers = placement.teacher_replicas * placement.cpus_per_teacher
     return max((node.get("CPU", 0.0) for node in nodes), default=1.0) - teachers / max(1, len(nodes))

@@ -90,7 +90,7 @@ class _Wired:
         self, config: RunConfig, ranks: Partition, rank: int, micro_of_generators: int, device: torch.device
     ):
         self.ranks = ranks
-        self.lanes = Lanes(device, config.placement.wire_dtype)
+        self.lanes = Lanes(device)
         shared = transfers(ranks, config.train.batch_size)
         self.mine = [t for t in shared if rank in (t.generator, t.critic)]
         self.pieces = [
@@ -181,6 +181,7 @@ class GeneratorRank(GeneratorSide):
         """One generator update, and the samples of its R critic updates."""
         started = time.perf_counter()
         update, r = self.progress.generator_updates, self.method.critic_updates_per_generator
+        self._wired.lanes.begin_window()
         asked = list(self.asked(update))
         if self._sent != update:
             self._send_batch([each.leaf for each in asked])
@@ -281,6 +282,8 @@ class CriticRank(CriticSide):
         )
         self._x: dict[int, Tensor] = {}
         """This rank's slice of the samples of generator updates to come."""
+        self._prompts: dict[int, list[Prompts]] = {}
+        """The prompts of generator updates that were answered and not learnt from."""
         self._served = -1
         """The last generator update that was answered, """
         self._answered_at = 0
@@ -302,6 +305,7 @@ class CriticRank(CriticSide):
         started = time.perf_counter()
         update, r = self.progress.generator_updates, self.method.critic_updates_per_generator
         gan_stage = self.gan_stage(update)
+        self._wired.lanes.begin_window()
         if update not in self._x:
             self._x[update] = self._join(self._expect_batch())
         if self._served < update:
@@ -322,7 +326,7 @@ class CriticRank(CriticSide):
             step = update * r + k
             wanted = gan_stage or self.method.starts_from_real
             reals, conditions = tee(self.batches.real(step, wanted=wanted))
-            prompts = self.fresh_prompts(update, k) if k else self.batches.prompts("prompt/generator", update)
+            prompts = self.fresh_prompts(update, k) if k else iter(self._prompts.pop(update))
             x = self._join(expected[k]) if k else mine
             self.kept = list(self._micro_batches(x, prompts, conditions))
             values |= self.critic_update(step, iter(self.kept), reals, gan_stage=gan_stage)
@@ -367,6 +371,7 @@ class CriticRank(CriticSide):
         prompts = [
             self._conditions(these, next(reals)) for these in self.batches.prompts("prompt/generator", update)
         ]
+        self._prompts[update] = prompts
         cond = Cond.cat([these.cond for these in prompts])
         first = int(prompts[0].positions[0])
         with frozen_weights(self.critic.critic):
@@ -395,5 +400,8 @@ class CriticRank(CriticSide):
             if number == _DONE:
                 return
             cotangent = self._wired.lanes.receive(answers[number].shape, generator)
-            (gradient,) = torch.autograd.grad(answers[number], asked[number].x_t, cotangent)
+            # several loss terms may share an answer
+            (gradient,) = torch.autograd.grad(
+                answers[number], asked[number].x_t, cotangent, retain_graph=True
+            )
             self._wired.lanes.send(gradient, generator)

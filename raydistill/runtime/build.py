@@ -101,10 +101,10 @@ def _tune(denoiser: UNetDenoiser, train: TrainConfig) -> None:
         denoiser.unet.compile()
 
 
-def pick_device(gpus_per_worker: int) -> torch.device:
-    """The worker's device. Raises ConfigError when a GPU is asked for and none is there."""
-    if not gpus_per_worker:
+def pick_device(gpus: float, setting: str = "placement.gpus_per_worker") -> torch.device:
+    """The process's device. Raises ConfigError when a GPU is asked for and none is there."""
+    if not gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"placement.gpus_per_worker={gpus_per_worker}, but this worker sees no GPU")
+        raise ConfigError(f"{setting}={gpus:g}, but this process sees no GPU")
     return torch.device("cuda", torch.cuda.current_device())

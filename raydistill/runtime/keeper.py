@@ -13,7 +13,12 @@ from raydistill.config import flatten, to_dict
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.protocol import count_label
 from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, Session
-from raydistill.runtime.settings import RESUMABLE_CHANGES, RunConfig, without_secret_settings
+from raydistill.runtime.settings import (
+    NUMERIC_PLACEMENT,
+    RESUMABLE_CHANGES,
+    RunConfig,
+    without_secret_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +227,12 @@ def require_same_settings(config: RunConfig, step: int, manifest: dict[str, Any]
     now, then = flatten(config), manifest["settings"]
     constant = all(role.lr_schedule == "constant" for role in (config.generator, config.critic))
     may_differ = RESUMABLE_CHANGES + ("train.generator_updates",) * constant  # a linear schedule ends there
-    changed = [name for name in now if now[name] != then.get(name) and not name.startswith(may_differ)]
+    changed = [
+        name
+        for name in now
+        if (name in NUMERIC_PLACEMENT and now[name] != then.get(name, now[name]))
+        or (now[name] != then.get(name) and not name.startswith(may_differ))
+    ]
     if changed:
         listed = ", ".join(f"{name}: {then.get(name)} then, {now[name]} now" for name in changed[:5])
         raise ConfigError(

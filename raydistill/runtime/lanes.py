@@ -14,9 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raydistill.models.denoiser import DTYPES
-from raydistill.runtime.wire import WireDtype
-
 
 @dataclass
 class Expected:
@@ -26,36 +23,37 @@ class Expected:
     buffer: Tensor
 
     def take(self) -> Tensor:
-        """The tensor, once it has arrived; float32 if it travelled as bf16."""
+        """The tensor, once it has arrived."""
         self.work.wait()
-        return self.buffer.float() if self.buffer.dtype == torch.bfloat16 else self.buffer
+        return self.buffer
 
 
 class Lanes:
-    """This rank's lanes to the others."""
+    """This rank's lanes to the others. Samples travel as float32: both sides must work at the same points."""
 
-    def __init__(self, device: torch.device, dtype: WireDtype):
+    def __init__(self, device: torch.device):
         self._device = device
-        self._dtype = DTYPES[dtype]
         self._leaving: list[tuple[Any, Tensor]] = []
+        self._left_before: list[tuple[Any, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Returns at once; the tensor must not be changed in place afterwards."""
-        self._post(tensor.detach().to(self._device, self._dtype), to)
+        self._post(tensor.detach().to(self._device, torch.float32), to)
 
     def expect(self, shape: Sequence[int], source: int) -> Expected:
-        """Post a receive; floats travel in the wire's dtype."""
-        buffer = torch.empty(tuple(shape), dtype=self._dtype, device=self._device)
+        """Post a receive."""
+        buffer = torch.empty(tuple(shape), device=self._device)
         return Expected(dist.irecv(buffer, source), buffer)
 
     def receive(self, shape: Sequence[int], source: int) -> Tensor:
         return self.expect(shape, source).take()
 
     def send_numbers(self, numbers: Sequence[int], to: int) -> None:
-        self._post(torch.tensor(numbers, dtype=torch.int64, device=self._device), to)
+        """Over the host's process group: what is small must not wait for a GPU."""
+        self._post(torch.tensor(numbers, dtype=torch.int64), to)
 
     def receive_numbers(self, count: int, source: int) -> list[int]:
-        buffer = torch.empty(count, dtype=torch.int64, device=self._device)
+        buffer = torch.empty(count, dtype=torch.int64)
         dist.recv(buffer, source)
         return [int(number) for number in buffer]
 
@@ -63,22 +61,22 @@ class Lanes:
         """Named figures, exactly."""
         data = json.dumps({name: float(value).hex() for name, value in values.items()}).encode()
         self.send_numbers([len(data)], to)
-        self._post(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device), to)
+        self._post(torch.frombuffer(bytearray(data), dtype=torch.uint8), to)
 
     def receive_values(self, source: int) -> dict[str, float]:
         (size,) = self.receive_numbers(1, source)
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(size, dtype=torch.uint8)
         dist.recv(buffer, source)
-        parsed = json.loads(buffer.cpu().numpy().tobytes())
+        parsed = json.loads(buffer.numpy().tobytes())
         return {name: float.fromhex(value) for name, value in parsed.items()}
 
-    def flush(self) -> None:
-        """Wait until everything sent has left."""
-        for work, _ in self._leaving:
+    def begin_window(self) -> None:
+        """Let go of what was sent in the window before the last one: the other side has asked for all of it."""
+        for work, _ in self._left_before:
             work.wait()
-        self._leaving.clear()
+        self._left_before, self._leaving = self._leaving, []
 
     def _post(self, tensor: Tensor, to: int) -> None:
-        self._leaving = [(work, buffer) for work, buffer in self._leaving if not work.is_completed()]
         buffer = tensor.contiguous()
+        # gloo does not copy: the buffer must live until it has left
         self._leaving.append((dist.isend(buffer, to), buffer))

@@ -121,7 +121,9 @@ def resume(trainer: Rank, snapshots: Snapshots) -> None:
 
 def write_replay(trainer: Rank, config: RunConfig, error: TrainingError) -> str:
     """Save this rank's roles as they are before the failed step; batch and draws follow from the counters."""
-    replay = Snapshots(f"{config.run_dir}/replay", keep=1)
+    # roles apart may fail at the same time, each with its own part
+    own = "" if len(trainer.parts) > 1 else f"/{next(iter(trainer.parts))}"
+    replay = Snapshots(f"{config.run_dir}/replay{own}", keep=1)
     step = trainer.progress.generator_updates
     if trainer.world.rank == 0 and step not in replay.steps():
         replay.discard_unfinished()

@@ -62,7 +62,8 @@ def compare(config: RunConfig, plan: Plan, devices: int, teachers: int) -> list[
             )
         except PlacementError:
             return found
-        found.append(_placed(config, plan, Layout("disaggregated", ranks - critics, critics, teachers)))
+        lag = config.placement.max_staleness
+        found.append(_placed(config, plan, Layout("disaggregated", ranks - critics, critics, teachers, lag)))
     return found
 
 

@@ -70,7 +70,7 @@ class Plan:
         """For `--dry-run` and `raydistill plan`."""
         widths = {"weights": 10, "gradients": 11, "optimiser": 11, "EMA": 8, "activations": 13, "total": 9}
         lines = [
-            f"{'GiB on each worker':<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())
+            f"{'GiB, all on a worker':<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())
         ]
         for name, role in self.bytes_by_role.items():
             cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)

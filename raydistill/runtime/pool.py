@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from raydistill.errors import ConfigError, PlacementError
+from raydistill.errors import ConfigError, PlacementError, RayDistillError
 from raydistill.methods.method import Query
 from raydistill.models.denoiser import Cond, Denoiser
 from raydistill.models.diffusers_hub import DenoiserParts
@@ -44,6 +43,7 @@ _TELL_S = 60.0
 _REPORT_S = 1.0
 _SHRINK_AFTER_S = 30.0
 _NO_REPLICA_POLL_S = 0.2
+_FIRST_REPLICA_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ class _TeacherActor:
         if not spec.gpus:
             torch.set_num_threads(max(1, int(spec.cpus)))
 
+    def ready(self) -> None:
+        """Answers when the process is there."""
+
     def _service(self) -> tuple[KeptGraphs, torch.device]:
         # built by the first call, not by the constructor, so that a failure reaches the caller as itself
         if self._built is None:
-            device = pick_device(int(self._spec.gpus > 0))
+            device = pick_device(self._spec.gpus, "placement.gpus_per_teacher")
             denoiser = self._parts.build(wire.shared_weights(self._weights)).to(device)
             if self._spec.compile:
                 denoiser.unet.compile()
@@ -122,8 +125,8 @@ class _PoolManager:
 
     def __init__(self, config: dict[str, Any]):
         self._config = config_from_dict(config)
-        self._lock = threading.Lock()
         self._replicas: dict[str, Any] = {}
+        self._starting: dict[str, tuple[Any, Any]] = {}
         self._outstanding: dict[str, tuple[int, float]] = {}
         self._busy_at = time.monotonic()
         self._args: tuple[Any, ...] | None = None
@@ -131,44 +134,55 @@ class _PoolManager:
 
     def spec(self) -> PoolSpec:
         """What the pool serves; loads the weights and starts the first replicas when it is first asked."""
-        with self._lock:
-            if self._spec is None:
-                self._start()
-            assert self._spec is not None
-            return self._spec
+        if self._spec is None:
+            self._spec = self._start()
+        return self._spec
 
     def handles(self) -> dict[str, Any]:
+        """The replicas that are there; waits some seconds for the first."""
         self.spec()
-        with self._lock:
-            return dict(self._replicas)
+        self._welcome(0.0 if self._replicas else _FIRST_REPLICA_S)
+        return dict(self._replicas)
 
     def report(self, client: str, outstanding: int) -> dict[str, Any]:
         """A client's number of unanswered queries; answers with the replicas to send the next ones to."""
         spec = self.spec()
-        with self._lock:
-            now = time.monotonic()
-            self._outstanding[client] = (outstanding, now)
-            # a client that was killed says nothing any more
-            self._outstanding = {c: v for c, v in self._outstanding.items() if now - v[1] < 10 * _REPORT_S}
-            total = sum(count for count, _ in self._outstanding.values())
-            self._scale(spec, total, now)
-            return dict(self._replicas)
+        self._welcome(0.0)
+        now = time.monotonic()
+        self._outstanding[client] = (outstanding, now)
+        # a client that was killed says nothing any more
+        self._outstanding = {c: v for c, v in self._outstanding.items() if now - v[1] < 10 * _REPORT_S}
+        self._scale(spec, sum(count for count, _ in self._outstanding.values()), now)
+        return dict(self._replicas)
+
+    def _welcome(self, timeout_s: float) -> None:
+        """Let replicas whose process is there take queries: one that finds no room must not attract any."""
+        if not self._starting:
+            return
+        waiting = [reference for _, reference in self._starting.values()]
+        there = ray.wait(waiting, num_returns=1, timeout=timeout_s)[0]
+        there += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        for name, (handle, reference) in list(self._starting.items()):
+            if reference in there:
+                del self._starting[name]
+                self._replicas[name] = handle
 
     def _scale(self, spec: PoolSpec, outstanding: int, now: float) -> None:
         if outstanding >= len(self._replicas):
             self._busy_at = now
-        wanted = wanted_replicas(
-            len(self._replicas), outstanding, now - self._busy_at, spec.minimum, spec.maximum
-        )
-        while len(self._replicas) < wanted:
-            self._add(spec)
+        count = len(self._replicas) + len(self._starting)
+        wanted = wanted_replicas(count, outstanding, now - self._busy_at, spec.minimum, spec.maximum)
+        if wanted != count:
             self._busy_at = now
-        while len(self._replicas) > wanted:
+        if wanted > count:
+            self._add(spec)
+        elif wanted < count and self._starting:
+            ray.kill(self._starting.popitem()[1][0])
+        elif wanted < count:
             # what it has in hand is asked of another replica
             ray.kill(self._replicas.popitem()[1])
-            self._busy_at = now
 
-    def _start(self) -> None:
+    def _start(self) -> PoolSpec:
         config = self._config
         pipeline = build_pipeline(config)
         null = {name: wire.pack(tensor) for name, tensor in pipeline.null_cond(1).tensors.items()}
@@ -189,14 +203,15 @@ class _PoolManager:
         )
         for _ in range(spec.minimum):
             self._add(spec)
-        self._spec = spec
+        return spec
 
     def _add(self, spec: PoolSpec) -> None:
         assert self._args is not None
         options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "max_restarts": -1, "max_task_retries": 0}
         # a name that no replica had before, also of a manager that was here before this one
         name = uuid.uuid4().hex[:8]
-        self._replicas[name] = ray.remote(_TeacherActor).options(**options).remote(*self._args, spec)
+        handle = ray.remote(_TeacherActor).options(**options).remote(*self._args, spec)
+        self._starting[name] = handle, handle.ready.remote()
 
 
 def start_pool(config: RunConfig) -> Any:
@@ -217,7 +232,11 @@ def start_pool(config: RunConfig) -> Any:
         here = ray.get_runtime_context().get_node_id()
         options |= {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     manager = ray.remote(_PoolManager).options(**options).remote(to_dict(config))
-    get(manager.spec.remote())
+    try:
+        get(manager.spec.remote())
+    except RayDistillError:
+        ray.kill(manager)  # its name is free for a job whose teacher can be loaded
+        raise
     return manager
 
 
@@ -249,7 +268,10 @@ def services() -> dict[str, dict[str, Any]]:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == NAMESPACE and actor["name"].startswith(_SERVICE):
             manager = ray.get_actor(actor["name"], namespace=NAMESPACE)
-            spec, replicas = get(manager.spec.remote()), get(manager.handles.remote())
+            try:
+                spec, replicas = get(manager.spec.remote()), get(manager.handles.remote())
+            except (RayDistillError, ray.exceptions.RayError):  # it is ending
+                continue
             found[actor["name"].removeprefix(_SERVICE)] = {
                 "teacher": spec.path, "identity": spec.identity, "replicas": len(replicas),
             }  # fmt: skip
@@ -305,7 +327,7 @@ class TeacherPool:
         self._waited_s = 0.0
         self._retries = 0
         self.denoiser: Denoiser = RemoteDenoiser(self, denoiser)
-        self._take_handles(get(manager.handles.remote()))
+        self._refresh()
 
     def submit(self, query: Query) -> Pending:
         """Send the query; returns at once."""
@@ -334,17 +356,18 @@ class TeacherPool:
 
     def call(self, send: Callable[[Any], Any], prefer: str | None = None) -> _Call:
         """Send a call to the least loaded replica, or to the preferred one if it is still there."""
-        self._exchange_with_manager()
-        self._settle()
         while not self._replicas:
-            log.warning("no teacher replica is there; asking for one")
-            time.sleep(_NO_REPLICA_POLL_S)
-            self._take_handles(get(self._manager.handles.remote()))
+            log.warning(
+                "no teacher replica is there yet (placement.cpus_per_teacher, placement.gpus_per_teacher)"
+            )
+            self._refresh()
+        self._settle()
         if prefer is None or prefer not in self._replicas:
             prefer = min(self._replicas, key=lambda name: len(self._replicas[name].out))
         replica = self._replicas[prefer]
         reference = send(replica.handle)
         replica.out.add(reference)
+        self._exchange_with_manager()
         return _Call(prefer, reference, send)
 
     def result(self, call: _Call) -> tuple[Any, str]:
@@ -353,7 +376,7 @@ class TeacherPool:
         calls = [call]
         told = asked = started
         while True:
-            ready, _ = ray.wait([c.reference for c in calls], timeout=min(_TELL_S, self._timeout_s))
+            ready, _ = ray.wait([c.reference for c in calls], timeout=min(_REPORT_S, self._timeout_s))
             now = time.monotonic()
             if ready:
                 done = next(c for c in calls if c.reference == ready[0])
@@ -365,7 +388,7 @@ class TeacherPool:
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     self._lost(done, error)
                     if not calls:
-                        calls.append(self._again(call.send, avoid=done.replica))
+                        calls.append(self._again(call.send, avoid={done.replica}))
                         asked = now
                     continue
                 self._waited_s += now - started
@@ -379,23 +402,37 @@ class TeacherPool:
                 )  # fmt: skip
             if now - asked >= self._timeout_s and len(self._replicas) > len(calls):
                 asked = now
-                calls.append(self._again(call.send, avoid=calls[-1].replica))
+                calls.append(self._again(call.send, avoid={each.replica for each in calls}))
 
-    def _again(self, send: Callable[[Any], Any], avoid: str) -> _Call:
+    def _again(self, send: Callable[[Any], Any], avoid: set[str]) -> _Call:
         self._retries += 1
-        others = [name for name in self._replicas if name != avoid]
-        if not others:  # the only one: Ray restarts it
-            time.sleep(_NO_REPLICA_POLL_S)
-            self._take_handles(get(self._manager.handles.remote()))
-            return self.call(send)
-        return self.call(send, min(others, key=lambda name: len(self._replicas[name].out)))
+        others = [name for name in self._replicas if name not in avoid]
+        if others:
+            return self.call(send, min(others, key=lambda name: len(self._replicas[name].out)))
+        time.sleep(_NO_REPLICA_POLL_S)  # the only one: Ray restarts it, or the manager has another
+        self._refresh()
+        return self.call(send)
 
     def _lost(self, call: _Call, error: Exception) -> None:
         log.warning(
             "teacher replica %s was lost, its query is asked again: %s", call.replica, type(error).__name__
         )
-        if call.replica in self._replicas:
-            self._replicas[call.replica].out.clear()
+        if isinstance(error, ray.exceptions.ActorUnavailableError) and call.replica in self._replicas:
+            self._replicas[call.replica].out.clear()  # Ray restarts it
+        else:
+            self._replicas.pop(call.replica, None)
+
+    def _refresh(self) -> None:
+        """Ask the manager for the replicas. Raises PlacementError if it was stopped for good."""
+        try:
+            self._take_handles(get(self._manager.handles.remote()))
+        except ray.exceptions.ActorUnavailableError:  # Ray restarts it
+            time.sleep(_NO_REPLICA_POLL_S)
+        except ray.exceptions.RayActorError as error:
+            raise PlacementError(
+                "the teacher pool was stopped (placement.teacher_service; raydistill teachers lists what runs): "
+                f"{type(error).__name__}"
+            ) from error
 
     def _exchange_with_manager(self) -> None:
         """Report what is out about once a second, without waiting for the answer."""
@@ -452,8 +489,11 @@ class _Ticket:
         self._key = pool.new_key()
         keep, dtype = query.x_t.requires_grad, pool._dtype
         # put once: a retry sends the reference
-        self._packed = ray.put(pool.pack(query))
-        self._call = pool.call(lambda replica: replica.answer.remote(self._packed, self._key, keep, dtype))
+        self._packed = packed = ray.put(pool.pack(query))
+        key = (
+            self._key
+        )  # the call must not hold its ticket: the query would stay in the store until a cycle is found
+        self._call: _Call | None = pool.call(lambda replica: replica.answer.remote(packed, key, keep, dtype))
         self._answered_by: str | None = None
 
     def answer(self) -> Tensor:
@@ -464,7 +504,9 @@ class _Ticket:
 
     def wait(self) -> Tensor:
         """The answer without a graph."""
+        assert self._call is not None
         value, self._answered_by = self._pool.result(self._call)
+        self._call = None
         return wire.unpack(value, self._pool._device)
 
     def vjp(self, cotangent: Tensor) -> Tensor:

@@ -163,6 +163,11 @@ def _run_on_ray(config: RunConfig) -> None:
     from raydistill.runtime import actors, ray_train
 
     mine = not ray.is_initialized()
+    if mine and config.placement.teacher_service and not os.environ.get("RAY_ADDRESS"):
+        raise PlacementError(
+            f"placement.teacher_service={config.placement.teacher_service!r} needs a cluster that outlives this run: "
+            "submit the job to one (raydistill submit), or set RAY_ADDRESS"
+        )
     if mine:
         connect()
     try:

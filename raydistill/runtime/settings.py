@@ -133,7 +133,7 @@ class PlacementConfig:
     teacher_timeout_s: float = 300.0
     """After which a query is also asked of another replica."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Tensors between workers and teachers; bf16 halves the traffic and changes the numbers."""
+    """Samples and answers between workers and teachers; bf16 halves the traffic and changes the numbers."""
     max_failures: int = 3
     """Restarts of the worker group from the newest snapshot before the run fails."""
 
@@ -192,6 +192,8 @@ RESUMABLE_CHANGES = (
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
 train.generator_updates, if learning rates don't depend on it."""
+NUMERIC_PLACEMENT = ("placement.max_staleness", "placement.wire_dtype")
+"""Of the placement's settings those that change the numbers."""
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -235,6 +237,11 @@ def require_divisible(config: RunConfig) -> None:
     shares = {f"placement.workers={max(1, placement.workers)}": max(1, placement.workers)}
     if placement.mode == "disaggregated":
         critics = placement.critic_ranks
+        if placement.workers == 1 or (placement.workers and critics >= placement.workers):
+            raise PlacementError(
+                f"placement.mode=disaggregated needs a worker for each role: placement.workers={placement.workers} "
+                f"with placement.critic_ranks={critics} leaves one without"
+            )
         if not (critics and placement.workers):
             return  # they are chosen so that they divide it
         shares = {
@@ -254,11 +261,11 @@ def require_divisible(config: RunConfig) -> None:
 def _validate_placement(placement: PlacementConfig) -> None:
     for name in (
         "workers", "cpus_per_worker", "gpus_per_worker", "evaluator_gpus", "max_teacher_replicas", "cpus_per_teacher",
-        "gpus_per_teacher", "teacher_kept_graphs", "critic_ranks",
+        "gpus_per_teacher", "critic_ranks",
     ):  # fmt: skip
         if getattr(placement, name) < 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must not be negative")
-    for name in ("teacher_replicas", "teacher_timeout_s"):
+    for name in ("teacher_replicas", "teacher_timeout_s", "teacher_kept_graphs"):
         if getattr(placement, name) <= 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must be positive")
     if placement.teacher_chunk_size is not None and placement.teacher_chunk_size < 1:
@@ -269,6 +276,11 @@ def _validate_placement(placement: PlacementConfig) -> None:
         raise PlacementError(
             f"placement.max_teacher_replicas={placement.max_teacher_replicas} is below placement.teacher_replicas="
             f"{placement.teacher_replicas}"
+        )
+    if placement.teacher_service is not None and placement.mode == "colocated":
+        raise PlacementError(
+            f"placement.teacher_service={placement.teacher_service!r} needs placement.mode=teachers or disaggregated; "
+            "colocated workers hold the teacher themselves"
         )
     if placement.max_staleness not in (0, 1):
         raise PlacementError(f"placement.max_staleness={placement.max_staleness} must be 0 or 1")

@@ -54,7 +54,8 @@ def test_asking_the_teacher_ahead_changes_no_number(micro: int | None, features:
     trainer = tiny_trainer(config, scorer=scorer)
     assert trainer.asks_ahead
     assert [figures(trainer.window()) for _ in range(6)] == expected
-    for name, tensor in weights(trainer.generator).items():
+    critic = {f"critic/{name}": tensor for name, tensor in weights(trainer.critic).items()}
+    for name, tensor in (weights(trainer.generator) | critic).items():
         assert torch.equal(tensor, expected_weights[name]), name
 
 

@@ -13,6 +13,7 @@ import torch
 
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.models.diffusers_hub import random_pixel_pipeline
+from raydistill.runtime.actors import free_cpus, worker_cpus
 from raydistill.runtime.plan import plan, plan_for
 from raydistill.runtime.ray_train import check_room, choose_workers
 from raydistill.runtime.settings import RunConfig, validate
@@ -176,6 +177,20 @@ def test_what_does_not_fit_on_the_nodes_is_refused_with_the_numbers(
         return
     with pytest.raises(PlacementError, match=named):
         check_room(nodes, config, cpus)
+
+
+@pytest.mark.parametrize("mode", ["colocated", "teachers", "disaggregated"])
+@pytest.mark.parametrize("cpus", [4, 8])
+def test_chosen_workers_and_their_share_of_the_cpus_fit_beside_the_teachers(
+    monkeypatch: pytest.MonkeyPatch, mode: str, cpus: int
+) -> None:
+    nodes = [{"CPU": float(cpus)}]
+    config = tiny_config(placement={"mode": mode, "workers": 0})
+    chosen = tiny_config(placement={"mode": mode, "workers": choose_workers(nodes, config)})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    share = worker_cpus(chosen)
+    assert share == int(free_cpus(nodes, chosen) // chosen.placement.workers)
+    check_room(nodes, chosen, share)
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,17 @@ def test_manager_killed_is_started_again_with_new_replicas(cluster: str, local: 
     deadline = time.monotonic() + 60
     while set(ray.get(manager.handles.remote())) == before and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert torch.equal(pool.submit(asked).answer(), expected)
-    assert torch.equal(pool.submit(asked).answer(), expected)
+    assert not set(ray.get(manager.handles.remote())) & before
+    for _ in range(2):
+        assert torch.equal(pool.submit(asked).answer(), expected)
     ray.kill(manager)
+
+    def until_it_is_told() -> None:
+        for _ in range(100):
+            pool.submit(asked).answer()
+
+    with pytest.raises(PlacementError, match=r"the teacher pool was stopped \(placement\.teacher_service"):
+        until_it_is_told()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +289,8 @@ def test_two_jobs_share_a_service_and_a_third_with_another_teacher_is_refused(
 def test_teacher_that_can_not_be_loaded_is_told_as_itself(cluster: str) -> None:
     config = replace(scenes(), teacher=TeacherConfig(path="/nowhere/teacher"))
     with pytest.raises(ConfigError, match=r"teacher\.path='/nowhere/teacher'"):
-        start_pool(config)
+        start_pool(replace(config, placement=replace(config.placement, teacher_service="misled")))
+    assert "misled" not in services()
 
 
 def test_what_a_teacher_raises_reaches_the_asker(manager: Any, local: TeacherScorer) -> None:

@@ -473,6 +473,25 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
         (["evaluator.teacher_steps=0"], ConfigError, r"evaluator\.teacher_steps=0"),
         (["evaluator.head_start_s=900"], ConfigError, r"evaluator\.head_start_s=900"),
         (["prepare.num_train=0"], ConfigError, r"prepare\.num_train=0"),
+        (
+            ["placement.mode=teachers"],
+            PlacementError,
+            r"placement\.mode=teachers needs placement\.session=ray",
+        ),
+        (["placement.teacher_service=x"], PlacementError, r"teacher_service='x' needs placement\.mode"),
+        (["placement.teacher_kept_graphs=0"], PlacementError, r"placement\.teacher_kept_graphs=0"),
+        (["placement.teacher_chunk_size=0"], PlacementError, r"placement\.teacher_chunk_size=0"),
+        (
+            ["placement.max_teacher_replicas=1", "placement.teacher_replicas=2"],
+            PlacementError,
+            r"max_teacher_replicas=1",
+        ),
+        (["placement.max_staleness=2"], PlacementError, r"placement\.max_staleness=2 must be 0 or 1"),
+        (
+            ["placement.mode=disaggregated", "placement.workers=2", "placement.critic_ranks=2"],
+            PlacementError,
+            r"placement\.workers=2 with placement\.critic_ranks=2 leaves one without",
+        ),
         (["placement.evaluator_gpus=-1"], PlacementError, r"placement\.evaluator_gpus=-1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -501,7 +520,7 @@ def test_dry_run_shows_settings_bytes_and_forwards_and_leaves_nothing(
     out = tmp_path / "runs"
     shown = finish(job("--dry-run", f"output_dir={out}", *preset))
     for words in (
-        "method.critic_updates_per_generator", "GiB on each worker", "\nteacher", "\ngenerator", "\ncritic",
+        "method.critic_updates_per_generator", "GiB, all on a worker", "\nteacher", "\ngenerator", "\ncritic",
         "forward equivalents per generator update", "TFLOP",
     ):  # fmt: skip
         assert words in shown
