@@ -14,10 +14,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -44,6 +46,7 @@ _REPORT_S = 1.0
 _SHRINK_AFTER_S = 30.0
 _NO_REPLICA_POLL_S = 0.2
 _FIRST_REPLICA_S = 5.0
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -254,12 +257,24 @@ def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> N
 
 
 def join_cluster() -> None:
-    """Join the cluster of RAY_ADDRESS, or the head of this machine. Raises PlacementError if there is none."""
+    """Join the cluster of RAY_ADDRESS, or the head of this machine. Raises PlacementError if none answers.
+
+    Ray itself would wait for minutes for a head that is gone.
+    """
     address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        remembered = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        address = remembered.read_text().strip() if remembered.is_file() else ""
     try:
+        if "://" not in address:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         ray.init(address=address, logging_level="WARNING")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PlacementError(f"no Ray cluster to ask (RAY_ADDRESS={address!r}): {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise PlacementError(
+            f"no Ray cluster answers {where} ({type(error).__name__}): start one (raydistill up), or set RAY_ADDRESS"
+        ) from error
 
 
 def services() -> dict[str, dict[str, Any]]:

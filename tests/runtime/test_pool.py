@@ -228,6 +228,23 @@ def test_pool_grows_while_queries_wait(cluster: str, local: TeacherScorer) -> No
     ray.kill(manager)
 
 
+@pytest.mark.parametrize("remembered", [None, "127.0.0.1:1"])
+def test_listing_services_where_no_cluster_answers_is_one_line_at_once(
+    tmp_path: Path, remembered: str | None
+) -> None:
+    (tmp_path / "ray").mkdir()
+    if remembered:
+        (tmp_path / "ray" / "ray_current_cluster").write_text(remembered)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "raydistill.cli", "teachers"], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env=environment | {"RAY_TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    where = f"at {remembered}" if remembered else "on this machine"
+    assert done.stderr.startswith(f"raydistill: error: no Ray cluster answers {where} (")
+
+
 OTHER_JOB = """
 import json, sys, ray, torch
 sys.path.insert(0, {root!r})
