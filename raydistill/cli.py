@@ -174,8 +174,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _configured(recipe, presets, arguments)
     _show_plan(config, with_settings=False)
     found = compare(config, plan(config), arguments.devices, arguments.teachers)
-    if found:
-        print(f"\n{table(found, arguments.device_gib)}")
+    print(f"\non {arguments.devices} devices:")
+    print(
+        table(found, arguments.device_gib)
+        if found
+        else "no placement: their ranks do not divide train.batch_size"
+    )
     return 0
 
 

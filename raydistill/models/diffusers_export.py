@@ -46,6 +46,9 @@ def export_pipeline(
         unet = model.from_config(model.load_config(folder / "unet"))
         unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
         unet.save_pretrained(out / "unet", safe_serialization=True)
+        mode = (out / "unet" / "config.json").stat().st_mode
+        for file in (out / "unet").glob("*.safetensors"):
+            file.chmod(mode)  # safetensors leaves them to their owner alone
         scheduler.save_pretrained(out / "scheduler")
         index = read_json(out / "model_index.json", teacher_path)
         index["scheduler"] = ["diffusers", type(scheduler).__name__]

@@ -13,9 +13,10 @@ from raydistill.errors import PlacementError
 from raydistill.runtime.plan import GIB, Plan
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig
-from raydistill.runtime.simulate import Layout, simulate
+from raydistill.runtime.simulate import Layout, Mode, simulate
 
 MIB = 2**20
+MODES: tuple[Mode, ...] = ("colocated", "teachers", "disaggregated")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def table(found: list[PlacementPlan], device_gib: float | None) -> str:
         lines.append(
             f"{each.layout.mode:<15}{each.devices:<36}{max(each.device_bytes.values()) / GIB:>19.3f}"
             f"{each.transfer_bytes / MIB:>11.2f}{each.window:>8.2f}  {waiting}"
+        )
+    left_out = [mode for mode in MODES if mode not in {each.layout.mode for each in found}]
+    if left_out:
+        lines.append(
+            f"left out: {', '.join(left_out)} (their ranks do not divide train.batch_size, or are too few)"
         )
     lines.append("time: of one update in forward equivalents of the whole batch, the network left out")
     best = suggested(found, device_gib)

@@ -118,8 +118,9 @@ class PlacementConfig:
     """Replicas that the teacher pool begins with and never falls below."""
     max_teacher_replicas: int = 0
     """Replicas up to which the pool grows while queries wait; 0: as many as it begins with."""
-    cpus_per_teacher: float = 0.5
-    """CPUs of a teacher replica."""
+    cpus_per_teacher: float = 0.0
+    """CPUs that a teacher replica reserves, and its threads (one at least); 0 takes none from the workers' share, so
+    that a machine of two cores has room."""
     gpus_per_teacher: float = 0.0
     """GPUs of a teacher replica."""
     teacher_service: str | None = None

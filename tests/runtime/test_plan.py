@@ -141,10 +141,15 @@ def test_bf16_and_checkpointing_need_less_and_more_ranks_less_each() -> None:
             {"workers": 1, "evaluator_gpus": 0.5},
             r"evaluator_gpus=0\.5 does not fit: the nodes have 0 GPUs",
         ),
-        ([{"CPU": 4.0}], {"workers": 2, "mode": "teachers", "teacher_replicas": 4}, None),
+        ([{"CPU": 4.0}], {"workers": 4, "mode": "disaggregated"}, None),
         (
             [{"CPU": 4.0}],
-            {"workers": 3, "mode": "teachers", "teacher_replicas": 4},
+            {"workers": 2, "mode": "teachers", "teacher_replicas": 4, "cpus_per_teacher": 0.5},
+            None,
+        ),
+        (
+            [{"CPU": 4.0}],
+            {"workers": 3, "mode": "teachers", "teacher_replicas": 4, "cpus_per_teacher": 0.5},
             r"workers=3 x placement\.cpus_per_worker=1 beside placement\.teacher_replicas=4 x "
             r"placement\.cpus_per_teacher=0\.5 does not fit: the nodes have 4 CPUs",
         ),
@@ -180,13 +185,14 @@ def test_what_does_not_fit_on_the_nodes_is_refused_with_the_numbers(
 
 
 @pytest.mark.parametrize("mode", ["colocated", "teachers", "disaggregated"])
-@pytest.mark.parametrize("cpus", [4, 8])
+@pytest.mark.parametrize(("cpus", "each"), [(2, 0.0), (4, 0.5), (8, 0.5)])
 def test_chosen_workers_and_their_share_of_the_cpus_fit_beside_the_teachers(
-    monkeypatch: pytest.MonkeyPatch, mode: str, cpus: int
+    monkeypatch: pytest.MonkeyPatch, mode: str, cpus: int, each: float
 ) -> None:
     nodes = [{"CPU": float(cpus)}]
-    config = tiny_config(placement={"mode": mode, "workers": 0})
-    chosen = tiny_config(placement={"mode": mode, "workers": choose_workers(nodes, config)})
+    placement = {"mode": mode, "cpus_per_teacher": each}
+    workers = choose_workers(nodes, tiny_config(placement=placement))
+    chosen = tiny_config(placement=placement | {"workers": workers})
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     share = worker_cpus(chosen)
     assert share == int(free_cpus(nodes, chosen) // chosen.placement.workers)
@@ -199,8 +205,9 @@ def test_chosen_workers_and_their_share_of_the_cpus_fit_beside_the_teachers(
         (2.0, {}, {}, 2),
         (1.0, {}, {}, 1),
         (2.0, {"cpus_per_worker": 2}, {}, 1),
-        (2.0, {"mode": "teachers"}, {}, 1),
-        (3.0, {"mode": "teachers"}, {}, 2),
+        (2.0, {"mode": "teachers"}, {}, 2),
+        (2.0, {"mode": "teachers", "cpus_per_teacher": 0.5}, {}, 1),
+        (3.0, {"mode": "teachers", "cpus_per_teacher": 0.5}, {}, 2),
         (8.0, {"gpus_per_worker": 1}, {}, 1),
         (2.0, {}, {"batch_size": 3}, 1),
         (2.0, {}, {"batch_size": 6, "micro_batch_size": 2}, 1),
