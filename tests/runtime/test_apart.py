@@ -16,7 +16,7 @@ from raydistill.roles.world import World
 from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.build import build_teacher
 from raydistill.runtime.ranks import best_num_critic, partition, transfers
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.simulate import Layout, Network, RoleSeconds, Sizes, simulate
 from tests.tiny import PlainSession, normal_source, tiny_config, tiny_pipeline, tiny_trainer
 
@@ -222,6 +222,14 @@ def test_partition_deals_the_critic_evenly_over_nodes_and_keeps_rank_0_with_the_
     for bad in (0, 2):
         with pytest.raises(PlacementError, match=rf"placement\.critic_ranks={bad} of 2 ranks"):
             partition([0, 0], bad)
+
+
+@pytest.mark.parametrize(("workers", "critics"), [(1, 0), (2, 2), (3, 4)])
+def test_a_role_without_a_worker_is_refused(workers: int, critics: int) -> None:
+    placement = {"mode": "disaggregated", "workers": workers, "critic_ranks": critics}
+    named = rf"placement\.workers={workers} with placement\.critic_ranks={critics} leaves one without"
+    with pytest.raises(PlacementError, match=named):
+        validate(tiny_config(placement=placement))
 
 
 @pytest.mark.parametrize(("world", "critics"), [(2, 1), (3, 1), (5, 2), (6, 3)])

@@ -84,6 +84,11 @@ def test_answers_are_bit_for_bit_those_of_the_local_teacher(manager: Any, local:
         answer = pool.submit(asked).answer()
         assert torch.equal(answer, local.answer(asked))
         assert not answer.requires_grad
+    # a replica takes queries once its process is there
+    deadline = time.monotonic() + 60
+    while pool.figures()["teacher/replicas"] < 2.0 and time.monotonic() < deadline:
+        time.sleep(0.5)
+        pool.submit(query()).answer()
     assert pool.figures()["teacher/replicas"] == 2.0
 
 

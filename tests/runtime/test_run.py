@@ -487,11 +487,6 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
             r"max_teacher_replicas=1",
         ),
         (["placement.max_staleness=2"], PlacementError, r"placement\.max_staleness=2 must be 0 or 1"),
-        (
-            ["placement.mode=disaggregated", "placement.workers=2", "placement.critic_ranks=2"],
-            PlacementError,
-            r"placement\.workers=2 with placement\.critic_ranks=2 leaves one without",
-        ),
         (["placement.evaluator_gpus=-1"], PlacementError, r"placement\.evaluator_gpus=-1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
