@@ -458,7 +458,7 @@ def rank_calls(settings: dict[str, Any]) -> None:
 
     from raydistill.runtime.lanes import Lanes
 
-    lanes = Lanes(torch.device("cpu"), "fp32")
+    lanes = Lanes(torch.device("cpu"))
     mine = ray.train.get_context().get_world_rank()
     payload = torch.zeros(MIB_4)
     for number in range(settings["calls"] + 5):
