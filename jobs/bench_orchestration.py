@@ -319,24 +319,27 @@ def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any, threads
     ).fit()  # fmt: skip
 
 
+def normal_samples(purpose: str, fields: tuple[str, ...], size: int, micro: int, world: Any) -> Any:
+    """Batches of the embedded teacher's shapes for a rank."""
+    from raydistill.data.normal import NormalSource
+
+    return NormalSource(
+        purpose, fields, size, micro,
+        latent_shape=(4, 8, 8), cond_shapes={"text": (20, 64)}, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+
+
 def turn_worker(settings: dict[str, Any]) -> None:
     import ray
     import torch
 
-    from raydistill.data.normal import NormalSource
     from raydistill.runtime.ray_train import TrainSession
 
     torch.set_num_threads(settings["threads"])
     name, config, turns = settings["name"], settings["config"], settings["turns"]
     session = TrainSession(config, None, None, settings["teachers"], "")
 
-    def open_reader(purpose: str, fields: tuple[str, ...], size: int, micro: int, world: Any) -> NormalSource:
-        return NormalSource(
-            purpose, fields, size, micro,
-            latent_shape=(4, 8, 8), cond_shapes={"text": (20, 64)}, rank=world.rank, world_size=world.size,
-        )  # fmt: skip
-
-    trainer = session.rank(config, open_reader)
+    trainer = session.rank(config, normal_samples)
     networks = {role: part_network(part) for role, part in trainer.parts.items()}
     if config.placement.mode == "colocated":
         networks["teacher"] = trainer.teacher.denoiser
@@ -518,7 +521,6 @@ def sleeping_windows(settings: dict[str, Any]) -> None:
     """Windows of this rank with the method's networks replaced by sleep; everything between them is the real thing."""
     import torch
 
-    from raydistill.data.normal import NormalSource
     from raydistill.methods.method import Losses
     from raydistill.runtime import ray_train
 
@@ -526,13 +528,7 @@ def sleeping_windows(settings: dict[str, Any]) -> None:
     config = settings["config"]
     session = ray_train.TrainSession(config, None, None, settings["teachers"], "")
 
-    def open_reader(purpose: str, fields: tuple[str, ...], size: int, micro: int, world: Any) -> NormalSource:
-        return NormalSource(
-            purpose, fields, size, micro,
-            latent_shape=(4, 8, 8), cond_shapes={"text": (20, 64)}, rank=world.rank, world_size=world.size,
-        )  # fmt: skip
-
-    trainer = session.rank(config, open_reader)
+    trainer = session.rank(config, normal_samples)
     zeros = torch.zeros(8, 4, 8, 8)
 
     def sample(*unused: Any, grad: bool) -> torch.Tensor:

@@ -86,22 +86,14 @@ def is_stale(config: RunConfig, update: int) -> bool:
 class _Wired:
     """What both sides know of the ranks and of what passes between them."""
 
-    def __init__(
-        self, config: RunConfig, ranks: Partition, rank: int, micro_of_generators: int, device: torch.device
-    ):
+    def __init__(self, config: RunConfig, session: Session, ranks: Partition):
         self.ranks = ranks
-        self.lanes = Lanes(device)
-        shared = transfers(ranks, config.train.batch_size)
-        self.mine = [t for t in shared if rank in (t.generator, t.critic)]
-        self.pieces = [
-            piece
-            for piece in pieces(shared, config.train.batch_size, len(ranks.generator), micro_of_generators)
-            if piece.transfer in self.mine
-        ]
-
-
-def _micro_of_generators(config: RunConfig, ranks: Partition) -> int:
-    return config.train.micro_batch_size or config.train.batch_size // len(ranks.generator)
+        self.lanes = Lanes(session.device)
+        size, generators = config.train.batch_size, len(ranks.generator)
+        shared = transfers(ranks, size)
+        self.mine = [t for t in shared if session.world.rank in (t.generator, t.critic)]
+        all_pieces = pieces(shared, size, generators, config.train.micro_batch(generators))
+        self.pieces = [piece for piece in all_pieces if piece.transfer in self.mine]
 
 
 class _CriticAnswer:
@@ -155,10 +147,7 @@ class GeneratorRank(GeneratorSide):
         """world: the generator ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
         self.build_generator()
-        self.asks_ahead = True
-        self._wired = _Wired(
-            config, ranks, session.world.rank, _micro_of_generators(config, ranks), session.device
-        )
+        self._wired = _Wired(config, session, ranks)
         self._sent = -1
         """The last update whose samples the critic has."""
         self._owed: list[int] = []
@@ -277,9 +266,7 @@ class CriticRank(CriticSide):
         """world: the critic ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
         self.build_critic(adopt=True)
-        self._wired = _Wired(
-            config, ranks, session.world.rank, _micro_of_generators(config, ranks), session.device
-        )
+        self._wired = _Wired(config, session, ranks)
         self._x: dict[int, Tensor] = {}
         """This rank's slice of the samples of generator updates to come."""
         self._prompts: dict[int, list[Prompts]] = {}

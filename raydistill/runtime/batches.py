@@ -72,7 +72,7 @@ class Batches:
             self.fingerprint = self._shards.fingerprint
         self._open_reader = open_reader or self._open_shards
         size = config.train.batch_size
-        self.micro_batch_size = config.train.micro_batch_size or max(1, size // world.size)
+        self.micro_batch_size = config.train.micro_batch(world.size)
         self.num_micro_batches = size // world.size // self.micro_batch_size
         micro = self.micro_batch_size
         self.readers = {

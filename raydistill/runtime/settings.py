@@ -80,6 +80,10 @@ class TrainConfig:
     log_every: int = 1
     """Generator updates between logged points."""
 
+    def micro_batch(self, ranks: int) -> int:
+        """Samples per forward pass where `ranks` share a batch, the default resolved."""
+        return self.micro_batch_size or max(1, self.batch_size // ranks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -181,7 +185,7 @@ class RunConfig:
     @property
     def micro_batch_size(self) -> int:
         """Samples per forward pass and rank, the default resolved."""
-        return self.train.micro_batch_size or max(1, self.train.batch_size // max(1, self.placement.workers))
+        return self.train.micro_batch(max(1, self.placement.workers))
 
 
 RESUMABLE_CHANGES = (
@@ -251,7 +255,7 @@ def require_divisible(config: RunConfig) -> None:
             f"placement.critic_ranks={critics})": placement.workers - critics,
         }
     for name, ranks in shares.items():
-        micro = train.micro_batch_size or max(1, train.batch_size // max(1, ranks))
+        micro = train.micro_batch(max(1, ranks))
         if ranks < 1 or train.batch_size % (ranks * micro):
             raise ConfigError(
                 f"train.batch_size={train.batch_size} is not divisible by {name} x train.micro_batch_size={micro} = "
