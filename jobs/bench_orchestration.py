@@ -209,7 +209,7 @@ def updates(rounds: int, batch: int, ratio: int) -> dict[str, Any]:
     import ray
     import torch
 
-    from raydistill.runtime import pool as pools
+    from raydistill.runtime import teachers as pools
 
     threads = os.cpu_count() or 1
     turns = ray.remote(_Turns).options(num_cpus=0).remote()

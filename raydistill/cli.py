@@ -101,7 +101,7 @@ def _run(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Name
         print(without_secrets(describe(config)))
         return 0
     if arguments.dry_run:
-        return _show_plan(config, with_settings=True)
+        return _dry_run(config)
     from raydistill.runtime.run import run
     from raydistill.runtime.summary import table
 
@@ -125,22 +125,27 @@ def _configured(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argpar
     return apply_overrides(chosen(), arguments.overrides)
 
 
-def _show_plan(config: "RunConfig", *, with_settings: bool) -> int:
-    from raydistill.config import describe
-    from raydistill.runtime.plan import plan
+def _checked(config: "RunConfig") -> "RunConfig":
     from raydistill.runtime.run import resolve
     from raydistill.runtime.settings import validate
-    from raydistill.tracking import without_secrets
 
     config = resolve(config)
     validate(config)
-    if with_settings:
-        print(without_secrets(describe(config)), end="\n\n")
+    return config
+
+
+def _dry_run(config: "RunConfig") -> int:
+    from raydistill.config import describe
+    from raydistill.runtime.plan import plan
+    from raydistill.tracking import without_secrets
+
+    config = _checked(config)
+    print(without_secrets(describe(config)), end="\n\n")
     print(plan(config).table())
     return 0
 
 
-def _load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
+def load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
     """Recipe and presets of a job file, or of the job that the registry has for a method's name."""
     from raydistill.methods import METHODS
 
@@ -162,24 +167,32 @@ def _load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    recipe, presets = _load_job(arguments.job)
+    recipe, presets = load_job(arguments.job)
     return _run(recipe, presets, arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from raydistill.runtime.placements import compare, table
+    from raydistill.runtime.placements import compare, network, table
     from raydistill.runtime.plan import plan
+    from raydistill.runtime.role_times import read
 
-    recipe, presets = _load_job(arguments.job)
-    config = _configured(recipe, presets, arguments)
-    _show_plan(config, with_settings=False)
-    found = compare(config, plan(config), arguments.devices, arguments.teachers)
-    print(f"\non {arguments.devices} devices:")
-    print(
-        table(found, arguments.device_gib)
-        if found
-        else "no placement: their ranks do not divide train.batch_size"
-    )
+    devices, teachers = arguments.devices, arguments.teachers
+    if len(teachers) not in (1, len(devices)):
+        raise ConfigError(
+            f"--teachers has {len(teachers)} numbers and --devices {len(devices)}: give one for all or one for each"
+        )
+    recipe, presets = load_job(arguments.job)
+    config = _checked(_configured(recipe, presets, arguments))
+    planned = plan(config)
+    times = read(arguments.role_times, config, planned, arguments.job) if arguments.role_times else None
+    net = network(arguments.latency_us, arguments.gbit_per_s, times)
+    print(planned.table())
+    found = [
+        (number, compare(config, planned, number, of_them, times, net))
+        for number, of_them in zip(devices, teachers * (len(devices) // len(teachers)), strict=True)
+    ]
+    print(f"\non {', '.join(map(str, devices))} devices:")
+    print(table(config, found, arguments.device_gib, times, net))
     return 0
 
 
@@ -188,6 +201,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -274,7 +291,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _teachers(arguments: argparse.Namespace) -> int:
-    from raydistill.runtime.pool import join_cluster, services, stop_service
+    from raydistill.runtime.teachers import join_cluster, services, stop_service
 
     join_cluster()
     if arguments.stop:
@@ -337,12 +354,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_job_argument(plan)
     _add_recipe_arguments(plan, {})
     plan.add_argument(
-        "--devices", type=_positive, default=3, metavar="N", help="to compare placements on (%(default)s)"
+        "--devices",
+        type=_positives,
+        default=[3],
+        metavar="N[,N]",
+        help="to compare placements on, several numbers with commas (3)",
     )
-    plan.add_argument(
-        "--teachers", type=_positive, default=1, metavar="N", help="teacher replicas of them (%(default)s)"
-    )
+    replicas = "teacher replicas of them, one number or one for each of --devices (1)"
+    plan.add_argument("--teachers", type=_positives, default=[1], metavar="N[,N]", help=replicas)
     plan.add_argument("--device-gib", type=float, metavar="GIB", help="memory of a device (no limit)")
+    times = "seconds of the phases, as jobs/bench_step.py --out writes them (forward equivalents instead)"
+    plan.add_argument("--role-times", type=Path, metavar="FILE", help=times)
+    needs = "of a device's link; needs --role-times"
+    plan.add_argument("--latency-us", type=float, metavar="US", help=f"microseconds {needs} (0)")
+    plan.add_argument("--gbit-per-s", type=float, metavar="G", help=f"gigabits per second {needs} (no limit)")
 
     sample = add("sample", _sample, "draw images with a run's generator", _SAMPLE)
     _add_snapshot_arguments(sample)
@@ -412,7 +437,16 @@ _PLAN = """\
 Roles, bytes per role (GiB) and network forwards per update; then the placements that so many devices allow, with what
 moves between them, how long an update takes and who waits.
 
-  raydistill plan jobs/dmd2_coco.py --devices 16 --teachers 4 --device-gib 80"""
+  raydistill plan jobs/dmd2_coco.py --devices 16 --teachers 4 --device-gib 80
+
+In seconds, with times measured on one such device and a network:
+
+  python jobs/bench_step.py --job jobs/dmd2_coco.py --out step.json
+  raydistill plan jobs/dmd2_coco.py train.batch_size=61440 --devices 64,512,4096 --teachers 4,32,256 \\
+      --role-times step.json --latency-us 10 --gbit-per-s 200
+
+The prediction leaves out that a rank is less efficient with few samples (its times shrink in proportion to them, but
+for the optimiser's step), packing, data, snapshots and the averaging of figures."""
 _SAMPLE = 'raydistill sample runs/dmd2_coco --prompt "a red circle" --prompt "a blue square" --out grid.png'
 _EVALUATE = "Prints the metrics as JSON; a metric's name carries its number of samples."
 _EXPORT = "diffusers loads the folder: DiffusionPipeline.from_pretrained(FOLDER)"

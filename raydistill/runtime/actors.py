@@ -114,9 +114,11 @@ def start_tracker(config: dict[str, Any]) -> Any:
     return ray.remote(_TrackerActor).options(**options).remote(config)
 
 
-def start_evaluator(config: dict[str, Any], gpus: float) -> Any:
-    """The evaluator's actor."""
-    options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+def start_evaluator(config: dict[str, Any], gpus: float, node: str | None = None) -> Any:
+    """The evaluator's actor, on the node of this id if it is there and has room."""
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+    if node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
     return ray.remote(_EvaluatorActor).options(**options).remote(config)
 
 

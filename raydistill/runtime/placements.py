@@ -1,22 +1,28 @@
 """Which placement suits a run? Bytes, transfers, time and waiting of each on the same number of devices.
 
-Times are forward equivalents of the plan, so the comparison needs no measurement; the schedule behind them is simulated
-(`raydistill.runtime.simulate`) with a network that costs nothing.
+Times are forward equivalents of the plan, so the comparison needs no measurement, or seconds where role times were
+measured (`raydistill.runtime.role_times`). The schedule behind them is simulated (`raydistill.runtime.simulate`); its
+network costs nothing unless one is given.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from raydistill.errors import PlacementError
-from raydistill.runtime.plan import GIB, Plan
-from raydistill.runtime.ranks import best_num_critic
+from raydistill.errors import ConfigError, PlacementError
+from raydistill.runtime.plan import GIB, ROLES_ON, Plan
+from raydistill.runtime.role_times import RoleTimes
 from raydistill.runtime.settings import RunConfig
-from raydistill.runtime.simulate import Layout, Mode, simulate
+from raydistill.runtime.simulate import Layout, Mode, Network, RoleSeconds, Sizes, simulate
 
 MIB = 2**20
 MODES: tuple[Mode, ...] = ("colocated", "teachers", "disaggregated")
+LEFT_OUT = (
+    "left out: a rank's lower efficiency with few samples (times shrink in proportion to them, but for the optimiser's "
+    "step), packing, data, snapshots, figures"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class PlacementPlan:
     transfer_bytes: float
     """Between devices in one window, gradients averaged included."""
     window: float
-    """Forward equivalents of the whole batch, one after the other."""
+    """Forward equivalents of the whole batch, one after the other, or seconds."""
     idle: dict[str, float]
     """Share of a window in which a device of each kind waits."""
 
@@ -46,55 +52,121 @@ class PlacementPlan:
         }[layout.mode]  # fmt: skip
         return ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in kinds)
 
+    @property
+    def settings(self) -> str:
+        """That choose it."""
+        layout = self.layout
+        values = {"mode": layout.mode, "workers": layout.generators + layout.critics}
+        if layout.critics:
+            values["critic_ranks"] = layout.critics
+        if layout.teachers:
+            values["teacher_replicas"] = layout.teachers
+        return " ".join(f"placement.{name}={value}" for name, value in values.items())
 
-def compare(config: RunConfig, plan: Plan, devices: int, teachers: int) -> list[PlacementPlan]:
-    """The placements that `devices` allow, `teachers` of them for replicas where there are any."""
-    size, micro = config.train.batch_size, config.train.micro_batch_size
-    found = []
-    if size % (devices * (micro or 1)) == 0:
-        found.append(_placed(config, plan, Layout("colocated", devices)))
+
+def network(latency_us: float | None, gbit_per_s: float | None, times: RoleTimes | None) -> Network | None:
+    """The network of two options of the command line, None if neither is given.
+
+    Raises ConfigError where times are forward equivalents, and for values that no network has.
+    """
+    if latency_us is None and gbit_per_s is None:
+        return None
+    if times is None:
+        raise ConfigError(
+            "--latency-us and --gbit-per-s are in seconds and the plan in forward equivalents: give --role-times too "
+            "(python jobs/bench_step.py writes them)"
+        )
+    if latency_us is not None and not 0 <= latency_us < math.inf:
+        raise ConfigError(f"--latency-us {latency_us:g} must be at least 0 and finite")
+    if gbit_per_s is not None and not gbit_per_s > 0:
+        raise ConfigError(f"--gbit-per-s {gbit_per_s:g} must be positive")
+    return Network((latency_us or 0.0) / 1e6, (gbit_per_s or math.inf) * 1e9 / 8)
+
+
+def compare(
+    config: RunConfig,
+    plan: Plan,
+    devices: int,
+    teachers: int,
+    times: RoleTimes | None = None,
+    net: Network | None = None,
+) -> list[PlacementPlan]:
+    """The placements that `devices` allow, `teachers` of them for replicas where there are any.
+
+    times: seconds instead of forward equivalents; net: costs nothing if None.
+    """
+    size, micro = config.train.batch_size, config.train.micro_batch_size or 1
+    layouts = []
+    if size % (devices * micro) == 0:
+        layouts.append(Layout("colocated", devices))
     ranks = devices - teachers
-    if ranks >= 1 and size % (ranks * (micro or 1)) == 0:
-        found.append(_placed(config, plan, Layout("teachers", ranks, 0, teachers)))
-    if ranks >= 2:
-        try:
-            critics = best_num_critic(
-                ranks, size, micro, plan.seconds, config.method.critic_updates_per_generator
-            )
-        except PlacementError:
-            return found
-        lag = config.placement.max_staleness
-        found.append(_placed(config, plan, Layout("disaggregated", ranks - critics, critics, teachers, lag)))
-    return found
+    if ranks >= 1 and size % (ranks * micro) == 0:
+        layouts.append(Layout("teachers", ranks, 0, teachers))
+    found = [_placed(config, plan, layout, times, net) for layout in layouts]
+    apart = [_placed(config, plan, layout, times, net) for layout in _apart(config, ranks, teachers)]
+    # rounded: of equal times the fewest critic ranks
+    shortest = min((each.window for each in apart), default=0.0)
+    return found + sorted(apart, key=lambda each: round(each.window / shortest, 6))[:1]
 
 
-def _placed(config: RunConfig, plan: Plan, layout: Layout) -> PlacementPlan:
+def _apart(config: RunConfig, ranks: int, teachers: int) -> Iterator[Layout]:
+    """Every division of the ranks into generators and critics that both divide the batch."""
+    size, micro = config.train.batch_size, config.train.micro_batch_size or 1
+    for critics in range(1, ranks):
+        generators = ranks - critics
+        if size % (critics * micro) == 0 and size % (generators * micro) == 0:
+            yield Layout("disaggregated", generators, critics, teachers, config.placement.max_staleness)
+
+
+def _placed(
+    config: RunConfig, plan: Plan, layout: Layout, times: RoleTimes | None, net: Network | None
+) -> PlacementPlan:
     r = config.method.critic_updates_per_generator
     roles = plan.bytes_by_role
+    g, c = layout.generators, layout.critics or layout.generators
+    ranks = {"generator": g, "critic": c}
 
-    def role_bytes(role: str, ranks: int) -> int:
-        # the plan's activations are those of placement.workers ranks
+    def role_bytes(role: str) -> int:
         of = roles[role]
-        share = 1.0 if config.train.micro_batch_size else max(1, config.placement.workers) / ranks
+        if role == "teacher":
+            return of.total
+        # the plan's activations are those of its own number of ranks
+        share = 1.0 if config.train.micro_batch_size else plan.ranks[role] / ranks[role]
         return of.total - of.activations + int(of.activations * share)
 
-    g, c = layout.generators, layout.critics
-    gradients = {role: roles[role].gradients for role in ("generator", "critic")}
+    held = {kind: sum(role_bytes(role) for role in on_it) for kind, on_it in ROLES_ON[layout.mode].items()}
+    moved = sizes(config, plan)
+    transfers = 2 * ((g - 1) * moved.generator_gradient + r * (c - 1) * moved.critic_gradient)
     if layout.mode == "disaggregated":
-        held = {"generator": role_bytes("generator", g), "critic": role_bytes("critic", c)}
-        answers_back = plan.sample_bytes * (3 if plan.critic_answer > 1 else 1)  # x_t's gradient, with a GAN
-        lanes = float(plan.sample_bytes * r + answers_back)
-    else:
-        held, lanes = {"worker": role_bytes("generator", g) + role_bytes("critic", g)}, 0.0
-        c = g
-    if layout.mode == "colocated":
-        held["worker"] += roles["teacher"].total
-    else:
-        held["teacher"] = roles["teacher"].total
-        lanes += plan.query_bytes + plan.sample_bytes
-    averaged = 2 * ((g - 1) * gradients["generator"] + r * (c - 1) * gradients["critic"])
-    simulated = simulate(plan.seconds, r, layout)
-    return PlacementPlan(layout, held, lanes + averaged, simulated.window_s, simulated.idle)
+        # R batches to the critic, its x0 back; with a GAN the gradient of its logit as well
+        transfers += (r + 1) * moved.batch + 2 * moved.answer_gradient
+    if layout.mode != "colocated":
+        transfers += moved.query + (moved.answer or 0.0)
+    simulated = simulate(_seconds(config, plan, layout, times), r, layout, net, moved)
+    return PlacementPlan(layout, held, transfers, simulated.window_s, simulated.idle)
+
+
+def sizes(config: RunConfig, plan: Plan) -> Sizes:
+    """What travels in a window."""
+    to_teacher = 0.5 if config.placement.wire_dtype == "bf16" else 1.0
+    gan_on_critic = plan.critic_answer > 1
+    return Sizes(
+        batch=plan.sample_bytes,
+        query=to_teacher * plan.query_bytes,
+        answer=to_teacher * plan.sample_bytes,
+        answer_gradient=plan.sample_bytes if gan_on_critic else 0.0,
+        generator_gradient=plan.bytes_by_role["generator"].gradients,
+        critic_gradient=plan.bytes_by_role["critic"].gradients,
+    )
+
+
+def _seconds(config: RunConfig, plan: Plan, layout: Layout, times: RoleTimes | None) -> RoleSeconds:
+    seconds = times.seconds if times else plan.seconds
+    share = config.train.batch_size // layout.generators
+    if layout.mode != "colocated" and share > config.train.micro_batch(layout.generators):
+        # all micro-batches are asked about ahead, and their samples made again for the backward pass
+        seconds = replace(seconds, generator_update=seconds.generator_update + seconds.sample)
+    return seconds
 
 
 def suggested(found: list[PlacementPlan], device_gib: float | None) -> PlacementPlan:
@@ -110,26 +182,65 @@ def suggested(found: list[PlacementPlan], device_gib: float | None) -> Placement
             f"no placement fits into {device_gib:g} GiB a device (GiB of the fullest: {needs}): lower "
             "train.micro_batch_size, set train.activation_checkpointing=true or train.dtype=bf16"
         )
-    return min(fitting, key=lambda each: round(each.window, 6))
+    shortest = min(each.window for each in fitting)
+    return min(fitting, key=lambda each: round(each.window / shortest, 6))
 
 
-def table(found: list[PlacementPlan], device_gib: float | None) -> str:
-    """For `raydistill plan`."""
+def table(
+    config: RunConfig,
+    found: Sequence[tuple[int, list[PlacementPlan]]],
+    device_gib: float | None,
+    times: RoleTimes | None = None,
+    net: Network | None = None,
+) -> str:
+    """For `raydistill plan`: the placements of each number of devices. Raises PlacementError if nothing fits."""
+    images = config.train.batch_size * config.method.critic_updates_per_generator
+    width = max((len(each.devices) for _, row in found for each in row), default=0) + 2
+    heads = (("s/update", 10), ("updates/s", 11), ("images/s", 11)) if times else (("time", 10),)
     lines = [
-        f"{'placement':<15}{'devices':<36}{'GiB of the fullest':>19}{'MiB moved':>11}{'time':>8}  waiting",
+        f"{'placement':<15}{'devices':<{width}}{'GiB of the fullest':>18}{'MiB moved':>13}"
+        + "".join(f"{name:>{of}}" for name, of in heads)
+        + "  waiting"
     ]
-    for each in found:
-        waiting = ", ".join(f"{role} {share:.0%}" for role, share in each.idle.items())
-        lines.append(
-            f"{each.layout.mode:<15}{each.devices:<36}{max(each.device_bytes.values()) / GIB:>19.3f}"
-            f"{each.transfer_bytes / MIB:>11.2f}{each.window:>8.2f}  {waiting}"
-        )
-    left_out = [mode for mode in MODES if mode not in {each.layout.mode for each in found}]
-    if left_out:
-        lines.append(
-            f"left out: {', '.join(left_out)} (their ranks do not divide train.batch_size, or are too few)"
-        )
-    lines.append("time: of one update in forward equivalents of the whole batch, the network left out")
-    best = suggested(found, device_gib)
-    lines.append(f"suggestion: placement.mode={best.layout.mode}, {best.devices}")
-    return "\n".join(lines)
+    suggestions = []
+    refused: PlacementError | None = None
+    for devices, row in found:
+        on = f" for {devices} devices" if len(found) > 1 else ""
+        for each in row:
+            waiting = ", ".join(f"{role} {share:.0%}" for role, share in each.idle.items())
+            cells = (each.window, 1 / each.window, images / each.window) if times else (each.window,)
+            lines.append(
+                f"{each.layout.mode:<15}{each.devices:<{width}}{max(each.device_bytes.values()) / GIB:>18.3f}"
+                f"{each.transfer_bytes / MIB:>13.2f}"
+                + "".join(f"{cell:>{of}.4g}" for cell, (_, of) in zip(cells, heads, strict=True))
+                + f"  {waiting}"
+            )
+        left_out = [mode for mode in MODES if mode not in {each.layout.mode for each in row}]
+        if left_out:
+            suggestions.append(
+                f"not possible{on}: {', '.join(left_out)} (their ranks do not divide train.batch_size="
+                f"{config.train.batch_size}, or are too few)"
+            )
+        if row:
+            try:
+                suggestions.append(f"suggestion{on}: {suggested(row, device_gib).settings}")
+            except PlacementError as error:
+                if len(found) == 1:
+                    raise
+                suggestions.append(f"suggestion{on}: none, {error}")
+                refused = error
+    if refused and not any("suggestion" in line and "placement." in line for line in suggestions):
+        raise refused
+    lines.append(_unit(times, net))
+    lines.append(LEFT_OUT)
+    return "\n".join(lines + suggestions)
+
+
+def _unit(times: RoleTimes | None, net: Network | None) -> str:
+    if times is None:
+        return "time: of one update in forward equivalents of the whole batch, the network left out"
+    link = "a network that costs nothing (--latency-us, --gbit-per-s)"
+    if net is not None:
+        speed = "any speed" if math.isinf(net.bytes_per_s) else f"{net.bytes_per_s * 8 / 1e9:g} Gbit/s"
+        link = f"{net.latency_s * 1e6:g} us and {speed} a link, gradients averaged by a ring"
+    return f"times: {times.source}; {link}; images: batch x R of an update"

@@ -20,15 +20,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import UNetDenoiser, denoiser_on_meta
 from raydistill.models.heads import BottleneckHead
+from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
-from raydistill.runtime.simulate import RoleSeconds
+from raydistill.runtime.simulate import Mode, RoleSeconds
 
 GIB = 2**30
+ROLES_ON: dict[Mode, dict[str, tuple[str, ...]]] = {
+    "colocated": {"worker": ("teacher", "generator", "critic")},
+    "teachers": {"worker": ("generator", "critic"), "teacher": ("teacher",)},
+    "disaggregated": {"generator": ("generator",), "critic": ("critic",), "teacher": ("teacher",)},
+}
+"""Which roles a device of each kind holds."""
+_IN_WORDS = {
+    "worker": "a worker", "generator": "a generator rank", "critic": "a critic rank", "teacher": "a teacher replica",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RoleBytes:
-    """Bytes of one role on one worker."""
+    """Bytes of one role on one device that holds it."""
 
     weights: int
     gradients: int = 0
@@ -45,6 +55,9 @@ class RoleBytes:
 class Plan:
     """Bytes per role and work per generator update."""
 
+    mode: Mode
+    ranks: dict[str, int]
+    """How many share a batch of generator and critic; activations are those of a rank's share."""
     bytes_by_role: dict[str, RoleBytes]
     forwards: dict[str, float]
     """Forward equivalents of one generator update with its R critic updates, by role."""
@@ -66,19 +79,29 @@ class Plan:
     def total_bytes(self) -> int:
         return sum(role.total for role in self.bytes_by_role.values())
 
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Of one device of each kind of the run's own placement."""
+        return {
+            kind: sum(self.bytes_by_role[role].total for role in roles)
+            for kind, roles in ROLES_ON[self.mode].items()
+        }
+
     def table(self) -> str:
         """For `--dry-run` and `raydistill plan`."""
         widths = {"weights": 10, "gradients": 11, "optimiser": 11, "EMA": 8, "activations": 13, "total": 9}
-        lines = [
-            f"{'GiB, all on a worker':<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())
-        ]
+        title = "GiB, all on a worker" if self.mode == "colocated" else "GiB of each role"
+        lines = [f"{title:<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
         for name, role in self.bytes_by_role.items():
             cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)
             lines.append(
                 f"{name:<20}"
                 + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths.values(), strict=True))
             )
-        lines.append(f"{'together':<20}{'':>53}{self.total_bytes / GIB:>9.4f}")
+        for kind, num_bytes in self.device_bytes.items():
+            held = ROLES_ON[self.mode][kind]
+            name = "together" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
             "forward equivalents per generator update (1 = one batch through the UNet, backward pass 2):"
@@ -102,17 +125,20 @@ def plan(config: RunConfig) -> Plan:
 
 def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
     """The plan for a UNet on the meta device and the shapes of one sample's conditions."""
-    micro = config.micro_batch_size
     unet = denoiser.unet
     unet.train()
     if config.train.activation_checkpointing:
         unet.enable_gradient_checkpointing()
     size = unet.config.sample_size
-    x = torch.empty(micro, unet.config.in_channels, size, size, device="meta")
-    t = torch.zeros(micro, device="meta")
-    cond = Cond({name: torch.empty(micro, *shape, device="meta") for name, shape in cond_shapes.items()})
+
+    def inputs(samples: int) -> tuple[Tensor, Tensor, Cond]:
+        cond = {name: torch.empty(samples, *shape, device="meta") for name, shape in cond_shapes.items()}
+        x = torch.empty(samples, unet.config.in_channels, size, size, device="meta")
+        return x, torch.zeros(samples, device="meta"), Cond(cond)
+
+    one = inputs(1)
     with torch.no_grad():
-        full, half = _flops(lambda: denoiser(x, t, cond)), _flops(lambda: denoiser.features(x, t, cond))
+        full, half = _flops(lambda: denoiser(*one)), _flops(lambda: denoiser.features(*one))
     share = half / full
     r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
     gan = config.method.gan_weight_generator > 0
@@ -129,8 +155,22 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
         "teacher": guided + (gan_generator + gan_critic if gan and not own_features else 0.0),
     }
 
-    weight_bytes = 2 if config.train.dtype == "bf16" else 4
-    activations = _saved_bytes(lambda: denoiser(x, t, cond)) * weight_bytes // 4
+    seconds = RoleSeconds(
+        generator_update=backward,
+        sample=1 + rollout,
+        critic_answer=critic_answer,
+        critic_update=(forwards["critic"] - critic_answer) / r,
+        teacher_answer=forwards["teacher"],
+    )
+    ranks = _ranks(config, seconds)
+
+    def saved_bytes(role: str) -> int:
+        micro = inputs(config.train.micro_batch(ranks[role]))
+        return _saved_bytes(lambda: denoiser(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
+
+    activations = saved_bytes("generator")
+    same = ranks["critic"] == ranks["generator"]
+    critic_activations = activations if same else saved_bytes("critic")
     head = 0
     if gan:
         bottleneck = size // 2 ** (len(unet.config.block_out_channels) - 1)
@@ -148,19 +188,14 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
             4 * (parameters + head),
             8 * (parameters + head),
             0,
-            int(activations * critic_graphs),
+            int(critic_activations * critic_graphs),
         ),
     }
-    seconds = RoleSeconds(
-        generator_update=backward,
-        sample=1 + rollout,
-        critic_answer=critic_answer,
-        critic_update=(forwards["critic"] - critic_answer) / r,
-        teacher_answer=forwards["teacher"],
-    )
-    sample_bytes = 4 * x[0].numel() * config.train.batch_size
+    sample_bytes = 4 * one[0].numel() * config.train.batch_size
     cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
     return Plan(
+        mode=config.placement.mode,
+        ranks=ranks,
         bytes_by_role=roles,
         forwards=forwards,
         critic_answer=critic_answer,
@@ -168,9 +203,25 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
         sample_bytes=sample_bytes,
         query_bytes=sample_bytes + cond_bytes,
         encoder_share=share,
-        gflop_per_forward=full / micro / 1e9,
+        gflop_per_forward=full / 1e9,
         batch_size=config.train.batch_size,
     )
+
+
+def _ranks(config: RunConfig, seconds: RoleSeconds) -> dict[str, int]:
+    """How many ranks share a batch of each trained role. Raises PlacementError if they can't."""
+    placement = config.placement
+    if placement.mode != "disaggregated":
+        return dict.fromkeys(("generator", "critic"), max(1, placement.workers))
+    world = placement.workers or 2  # what 0 stands for
+    critics = placement.critic_ranks or best_num_critic(
+        world,
+        config.train.batch_size,
+        config.train.micro_batch_size,
+        seconds,
+        config.method.critic_updates_per_generator,
+    )
+    return {"generator": max(1, world - critics), "critic": critics}
 
 
 def _flops(call: Any) -> int:

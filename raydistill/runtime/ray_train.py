@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.batches import OpenReader
 from raydistill.runtime.build import pick_device
 from raydistill.runtime.plan import plan
-from raydistill.runtime.pool import TeacherPool, require_same_teacher
+from raydistill.runtime.pool import TeacherPool
 from raydistill.runtime.ranks import best_num_critic, partition
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
 from raydistill.runtime.settings import (
@@ -42,6 +42,7 @@ from raydistill.runtime.settings import (
     to_dict,
     without_secret_settings,
 )
+from raydistill.runtime.teachers import require_same_teacher
 from raydistill.runtime.trainer import Rank, Trainer
 
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -244,61 +245,99 @@ def choose_workers(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> i
     return 2 if room and divisible else 1
 
 
-def require_room(config: RunConfig) -> None:
-    """Check that workers, teachers and evaluator fit on the cluster together, before any of them is started.
+@dataclass(frozen=True)
+class Room:
+    """The nodes for what is started before the workers; Ray, left alone, might take the workers' places."""
 
-    Raises PlacementError: Ray itself would wait for ever.
+    evaluator: str | None
+    """None: any."""
+    teachers: tuple[str, ...]
+    """Of one replica each; empty: any."""
+
+
+def find_room(config: RunConfig) -> Room:
+    """Where workers, teachers and evaluator fit on the cluster together, before any of them is started.
+
+    Raises PlacementError if they don't: Ray itself would wait for ever.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_room(nodes, config, actors.worker_cpus(config))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    taken = check_room([node["Resources"] for node in nodes], config, actors.worker_cpus(config))
+    ids = {name: tuple(nodes[n]["NodeID"] for n in where) for name, where in taken.items()}
+    return Room(next(iter(ids["evaluator"]), None), ids["teachers"])
 
 
-def check_room(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int) -> None:
-    """`require_room` for these nodes' resources and CPUs of a worker."""
+def check_room(
+    nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int
+) -> dict[str, tuple[int, ...]]:
+    """`find_room` for these nodes' resources and CPUs of a worker: numbers of the nodes of evaluator and teachers.
+
+    Empty for a service that takes neither CPU nor GPU.
+    """
     placement = config.placement
-    workers = placement.workers
+    worker = {"CPU": float(cpus), "GPU": float(placement.gpus_per_worker)}
     teachers = 0 if placement.mode == "colocated" else placement.teacher_replicas
-    evaluators = int(config.evaluator.enabled)
-    for kind, each, services in (
-        ("CPU", cpus, [(teachers, placement.cpus_per_teacher, "teacher_replicas", "cpus_per_teacher")]),
+    services = [
+        ("evaluator", int(config.evaluator.enabled), "", {"GPU": ("evaluator_gpus", placement.evaluator_gpus)}),
         (
-            "GPU",
-            placement.gpus_per_worker,
-            [
-                (evaluators, placement.evaluator_gpus, "", "evaluator_gpus"),
-                (teachers, placement.gpus_per_teacher, "teacher_replicas", "gpus_per_teacher"),
-            ],
+            "teachers", teachers, f"placement.teacher_replicas={teachers} x ",
+            {
+                "CPU": ("cpus_per_teacher", placement.cpus_per_teacher),
+                "GPU": ("gpus_per_teacher", placement.gpus_per_teacher),
+            },
         ),
-    ):
-        free = [node.get(kind, 0.0) for node in nodes]
-        there = f"the nodes have {', '.join(f'{amount:g}' for amount in free)} {kind}s"
-        beside = ""
-        for count, amount, times, setting in services:
-            if not count or not amount:
-                continue
-            named = (
-                f"placement.{times}={count} x placement.{setting}={amount:g}"
-                if times
-                else f"placement.{setting}={amount:g}"
-            )
-            for _ in range(count):
-                fitting = [n for n, left in enumerate(free) if left >= amount]
-                if not fitting:
-                    raise PlacementError(
-                        f"{named} does not fit{beside}: {there}; lower one of them or add nodes"
-                    )
-                # Ray packs: take the node where it costs the fewest workers' places
-                best = min(
-                    fitting, key=lambda n: (_places(free[n], each) - _places(free[n] - amount, each), free[n])
+    ]  # fmt: skip
+    free = [dict(node) for node in nodes]
+    there = {
+        kind: f"the nodes have {', '.join(f'{node.get(kind, 0.0):g}' for node in nodes)} {kind}s"
+        for kind in worker
+    }
+    taken: dict[str, tuple[int, ...]] = {}
+    beside = dict.fromkeys(worker, "")
+    for name, count, times, takes in services:
+        amounts = {kind: amount for kind, (_, amount) in takes.items() if amount}
+        named = {kind: f"{times}placement.{takes[kind][0]}={amount:g}" for kind, amount in amounts.items()}
+        where: list[int] = []
+        for _ in range(count if amounts else 0):
+            fitting = [n for n, node in enumerate(free) if _places(node, amounts)]
+            if not fitting:
+                # the kind that is short, or both where only a node with enough of both is missing
+                short = [kind for kind in amounts if not any(_places(n, {kind: amounts[kind]}) for n in free)]
+                kinds = short[:1] or list(amounts)
+                raise PlacementError(
+                    f"{' with '.join(named[kind] for kind in kinds)} does not fit"
+                    f"{''.join(beside[kind] for kind in kinds)}: {'; '.join(there[kind] for kind in kinds)}; "
+                    "lower one of them or add nodes"
                 )
-                free[best] -= amount
-            beside += f" beside {named}"
-        if each and sum(_places(left, each) for left in free) < workers:
-            raise PlacementError(
-                f"placement.workers={workers} x placement.{kind.lower()}s_per_worker={each}{beside} does not fit: "
-                f"{there}; lower one of them or add nodes"
-            )
+            best = min(fitting, key=lambda n: _cost(free[n], worker, amounts))
+            free[best] = _without(free[best], amounts)
+            where.append(best)
+        taken[name] = tuple(where)
+        for kind in amounts if count else ():
+            beside[kind] += f" beside {named[kind]}"
+    if sum(_places(node, worker) for node in free) < placement.workers:
+        amounts = {kind: amount for kind, amount in worker.items() if amount}
+        short = [k for k in amounts if sum(_places(n, {k: amounts[k]}) for n in free) < placement.workers]
+        kinds = short[:1] or list(amounts)
+        each = " with ".join(f"placement.{kind.lower()}s_per_worker={worker[kind]:g}" for kind in kinds)
+        raise PlacementError(
+            f"placement.workers={placement.workers} x {each}{''.join(beside[kind] for kind in kinds)} does not fit: "
+            f"{'; '.join(there[kind] for kind in kinds)}; lower one of them or add nodes"
+        )
+    return taken
 
 
-def _places(amount: float, each: float) -> int:
-    return int(amount // each) if each else 0
+def _places(node: Mapping[str, float], amounts: Mapping[str, float]) -> int:
+    """How many times the amounts fit."""
+    return min(int(node.get(kind, 0.0) // amount) for kind, amount in amounts.items() if amount)
+
+
+def _without(node: Mapping[str, float], amounts: Mapping[str, float]) -> dict[str, float]:
+    return {**node, **{kind: node.get(kind, 0.0) - amount for kind, amount in amounts.items()}}
+
+
+def _cost(
+    node: Mapping[str, float], worker: Mapping[str, float], amounts: Mapping[str, float]
+) -> tuple[float, ...]:
+    """Workers' places lost by taking the amounts from this node, then what is left of it."""
+    left = _without(node, amounts)
+    return float(_places(node, worker) - _places(left, worker)), *(left[kind] for kind in sorted(amounts))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -27,6 +27,9 @@ from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
 from raydistill.tracking import journal_is_held
+
+if TYPE_CHECKING:
+    from raydistill.runtime.ray_train import Room
 
 log = logging.getLogger(__name__)
 
@@ -172,18 +175,19 @@ def _run_on_ray(config: RunConfig) -> None:
         connect()
     try:
         config = ray_train.with_workers(config)
-        ray_train.require_room(config)
-        _train_on_ray(config, actors.start_tracker(to_dict(config)))
+        room = ray_train.find_room(config)
+        _train_on_ray(config, room, actors.start_tracker(to_dict(config)))
     finally:
         if mine:
             ray.shutdown()
 
 
-def _train_on_ray(config: RunConfig, tracker: Any) -> None:
+def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
     """The run from its data on; services start as early as they can, because each imports for ten seconds."""
     import ray
 
-    from raydistill.runtime import actors, pool, ray_train
+    from raydistill.runtime import actors, ray_train
+    from raydistill.runtime.teachers import start_pool
 
     gpus = config.placement.evaluator_gpus
     evaluator = teachers = None
@@ -191,19 +195,19 @@ def _train_on_ray(config: RunConfig, tracker: Any) -> None:
     try:
         prepare_scenes(config)
         if config.evaluator.enabled and not gpus:
-            evaluator = actors.start_evaluator(to_dict(config), gpus)
+            evaluator = actors.start_evaluator(to_dict(config), gpus, room.evaluator)
             if not (Path(config.run_dir) / LEDGER).exists():
                 # the answer stays in the evaluator's cache, a failure shows again when the queue asks
                 evaluator.evaluate.remote(TEACHER_STEP)
         prepare_shards(config)
         _prepare_folder(config)
         if config.evaluator.enabled and gpus:
-            evaluator = actors.start_evaluator(to_dict(config), gpus)
+            evaluator = actors.start_evaluator(to_dict(config), gpus, room.evaluator)
         run_id = actors.get(tracker.run_id.remote())
         opened = True
         actors.get(tracker.params.remote(flatten(config)))
         if config.placement.mode != "colocated":
-            teachers = pool.start_pool(config)
+            teachers = start_pool(config, room.teachers)
 
         def progress() -> dict[str, Any]:
             return ray.get(tracker.progress.remote())

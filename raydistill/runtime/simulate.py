@@ -4,11 +4,15 @@ Every rank works through its phases in the order of the code (`trainer`, `apart`
 and what it needs has arrived; teacher replicas serve queries first come, first served. Ranks of one role do the same at
 the same time, so one of each is followed, whatever their number. The longest chain of these dependencies is the ideal
 that a measured pipeline is compared with: simulate it with a network that costs nothing.
+
+Left out: that a rank is less efficient with few samples (its seconds shrink in proportion, but for the optimiser's
+step), the processors' work for what they send, averaging of figures, data, snapshots, and ranks that differ.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,11 +44,24 @@ class RoleSeconds:
     """One update of the critic."""
     teacher_answer: float = 0.0
     """The teacher's answers to a generator update."""
+    generator_step: float = 0.0
+    """Of generator_update the optimiser's step, which every rank takes whole, however few samples it has."""
+    critic_step: float = 0.0
+    """Of critic_update likewise."""
+
+    def window(self, r: int) -> float:
+        """One device's work of a window."""
+        return (
+            self.generator_update
+            + self.critic_answer
+            + self.teacher_answer
+            + r * (self.sample + self.critic_update)
+        )
 
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between ranks and replicas."""
+    """What lies between ranks and replicas; each device has a link of its own, both ways at once."""
 
     latency_s: float = 0.0
     bytes_per_s: float = float("inf")
@@ -73,11 +90,17 @@ class Sizes:
     """Bytes that travel."""
 
     batch: float = 0.0
-    """A batch of samples."""
+    """A batch of samples, or of the critic's answers."""
     query: float = 0.0
     """A batch with its conditions, as a teacher needs it."""
+    answer: float | None = None
+    """A batch of the teacher's answers; none: as large as the samples."""
+    answer_gradient: float = 0.0
+    """A batch of gradients at the samples that come back through the critic's answers (with a GAN on its features)."""
     generator_gradient: float = 0.0
     critic_gradient: float = 0.0
+    bucket: float = 64 * 2**20
+    """Gradients that are averaged at once (`World.mean_`)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +109,7 @@ class Simulated:
 
     window_s: float
     idle: dict[str, float]
-    """Share of a window in which a device of each role waits."""
+    """Share of a window in which a device of each role waits, for others or the network."""
 
 
 def simulate(
@@ -96,34 +119,59 @@ def simulate(
     network: Network | None = None,
     sizes: Sizes | None = None,
     windows: int = 40,
+    teacher_network: Network | None = None,
 ) -> Simulated:
-    """Follow `windows` windows and give the mean of those after the first ten."""
-    run = _Run(seconds, r, layout, network or Network(), sizes or Sizes())
+    """Follow `windows` windows and give the mean of those after the first ten.
+
+    network: costs nothing if None; teacher_network: between ranks and teachers, if it is another one.
+    """
+    network = network or Network()
+    run = _Run(seconds, r, layout, network, teacher_network or network, sizes or Sizes())
     ends = run.colocated(windows) if layout.mode != "disaggregated" else run.apart(windows)
     window = (ends[-1] - ends[_WARM_UP - 1]) / (windows - _WARM_UP)
     return Simulated(window, {role: max(0.0, 1 - busy / window) for role, busy in run.busy().items()})
 
 
 class _Run:
-    def __init__(self, seconds: RoleSeconds, r: int, layout: Layout, network: Network, sizes: Sizes):
-        g, c = (
-            layout.generators,
-            max(1, layout.critics if layout.mode == "disaggregated" else layout.generators),
-        )
-        self.layout, self.r, self.network, self.sizes = layout, r, network, sizes
-        self.update = seconds.generator_update / g + network.all_reduce_seconds(sizes.generator_gradient, g)
+    def __init__(
+        self,
+        seconds: RoleSeconds,
+        r: int,
+        layout: Layout,
+        network: Network,
+        teacher_network: Network,
+        sizes: Sizes,
+    ):
+        g = layout.generators
+        c = max(1, layout.critics) if layout.mode == "disaggregated" else g
+        self.layout, self.r, self.wire = layout, r, network.latency_s
         self.sample = seconds.sample / g
         self.answer = seconds.critic_answer / c
-        self.learn = seconds.critic_update / c + network.all_reduce_seconds(sizes.critic_gradient, c)
         self.teacher = seconds.teacher_answer / g
-        self._replicas = [0.0] * max(1, layout.teachers)
-        self.hop = network.seconds(sizes.batch / g)
-        self.query_hop = network.seconds(sizes.query / g)
+        self._update = (seconds.generator_update - seconds.generator_step) / g + seconds.generator_step
+        self._learn = (seconds.critic_update - seconds.critic_step) / c + seconds.critic_step
+        self.update = self._update + _average_seconds(network, sizes, sizes.generator_gradient, g)
+        self.learn = self._learn + _average_seconds(network, sizes, sizes.critic_gradient, c)
+        # the side with fewer ranks has more of the batch on each link
+        narrow = min(g, c)
+        self.hop = network.seconds(sizes.batch / narrow)
+        self._carry = sizes.batch / narrow / network.bytes_per_s
+        self._lane_free = 0.0
+        self.through_answers = (
+            self.wire + network.seconds(sizes.answer_gradient / narrow) if sizes.answer_gradient else 0.0
+        )
+        answer = sizes.batch if sizes.answer is None else sizes.answer
+        self.query_hop = teacher_network.seconds(sizes.query / g)
+        self.answer_hop = teacher_network.seconds(answer / g)
+        # a replica receives, computes and sends at once: the slowest of the three sets its pace
+        self._serve = max(self.teacher, max(sizes.query, answer) / g / teacher_network.bytes_per_s)
+        self._replicas = [(0.0, max(1, layout.teachers))]
+        """(free from, how many)"""
 
     def busy(self) -> dict[str, float]:
         """Seconds of work of one device of each role in a window."""
-        generator = self.update + self.r * self.sample
-        critic = self.answer + self.r * self.learn
+        generator = self._update + self.r * self.sample
+        critic = self.answer + self.r * self._learn
         teacher = self.teacher * self.layout.generators
         if self.layout.mode == "colocated":
             return {"worker": generator + critic + self.teacher}
@@ -134,12 +182,27 @@ class _Run:
 
     def scored(self, sent_at: float) -> float:
         """When the last answer is back to queries that every generator rank sends at this time."""
-        arrived, last = sent_at + self.query_hop, sent_at
-        for _ in range(self.layout.generators):
-            free = max(heapq.heappop(self._replicas), arrived) + self.teacher
-            heapq.heappush(self._replicas, free)
-            last = max(last, free)
-        return last + self.hop
+        arrived, left = sent_at + self.query_hop, self.layout.generators
+        last = arrived
+        while left:
+            free, count = heapq.heappop(self._replicas)
+            while self._replicas and self._replicas[0][0] <= max(free, arrived):
+                count += heapq.heappop(self._replicas)[1]
+            start = max(free, arrived)
+            # where all replicas are alike, whole rounds are one step
+            rounds = 1 if self._replicas else max(1, left // count)
+            served = min(left, rounds * count)
+            last = max(last, start + rounds * self._serve)
+            heapq.heappush(self._replicas, (start + rounds * self._serve, min(count, served)))
+            if served < count:
+                heapq.heappush(self._replicas, (start, count - served))
+            left -= served
+        return last + self.answer_hop
+
+    def sent(self, at: float) -> float:
+        """When samples that leave at this time are at the critic; a link carries one batch after the other."""
+        self._lane_free = max(self._lane_free, at) + self._carry
+        return self._lane_free + self.wire
 
     def colocated(self, windows: int) -> Sequence[float]:
         """Ends of the windows of ranks that hold generator and critic."""
@@ -160,43 +223,67 @@ class _Run:
 
     def apart(self, windows: int) -> Sequence[float]:
         """Ends of the windows of the critic, which ends them."""
-        generator = critic = 0.0
-        generator += self.sample
-        arrived = [generator + self.hop]
+        critic = 0.0
+        generator = self.sample
         teacher_at = self.scored(generator)
-        ends: list[float] = []
+        arrived = [self.sent(generator)]  # samples of each generator update, at the critic
+        told = [0.0]  # the critic knows that this update takes place
         answered: list[float] = []
+        released: list[float] = []  # the generator owes nothing more to the critic's graphs
         samples: list[list[float]] = []
+        ends: list[float] = []
 
         def answers(update: int) -> None:
             nonlocal critic
-            critic = max(critic, arrived[update]) + self.answer
+            critic = max(critic, arrived[update], told[update]) + self.answer
             answered.append(critic)
 
         def generate(update: int) -> None:
-            nonlocal generator, teacher_at
-            generator = max(generator, answered[update] + self.hop, teacher_at) + self.update
+            nonlocal critic, generator, teacher_at
+            generator = max(generator, answered[update] + self.hop, teacher_at) + self.through_answers
+            released.append(generator + self.wire)
+            generator += self.update
             made = []
             for k in sampling_order(self.r):
                 generator += self.sample
                 if k:
-                    made.append(generator + self.hop)
+                    made.append(self.sent(generator))
                 else:
-                    arrived.append(generator + self.hop)
                     teacher_at = self.scored(generator)
+                    arrived.append(self.sent(generator))
             samples.append(made)
+            critic = max(critic, released[update])  # it serves until it is released
+
+        def tell(update: int, figures_of: int) -> None:
+            """The generator takes the figures of a window that is over, and begins this one."""
+            nonlocal generator
+            if figures_of >= 0:
+                generator = max(generator, ends[figures_of] + self.wire)
+            told.append(generator + self.wire)
 
         for update in range(windows):
             if len(answered) == update:
                 answers(update)
-            generate(update)
+                generate(update)
             if self.layout.max_staleness:
+                tell(update + 1, figures_of=update - 1)
                 answers(update + 1)
+                generate(update + 1)
             critic += self.learn
             for there in samples[update]:
                 critic = max(critic, there) + self.learn
             ends.append(critic)
+            if not self.layout.max_staleness:
+                tell(update + 1, figures_of=update)
         return ends
+
+
+def _average_seconds(network: Network, sizes: Sizes, gradient: float, ranks: int) -> float:
+    """Of one role's gradients, bucket by bucket after the backward pass."""
+    if not gradient:
+        return 0.0
+    buckets = math.ceil(gradient / sizes.bucket)
+    return buckets * network.all_reduce_seconds(gradient / buckets, ranks)
 
 
 def efficiency(ideal: Simulated, measured_window_s: float) -> float:

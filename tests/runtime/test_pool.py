@@ -21,8 +21,9 @@ from raydistill.models.denoiser import Cond
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.build import build_pipeline, build_teacher
-from raydistill.runtime.pool import (
-    TeacherPool,
+from raydistill.runtime.pool import TeacherPool
+from raydistill.runtime.settings import PlacementConfig, RunConfig, TeacherConfig
+from raydistill.runtime.teachers import (
     require_same_teacher,
     services,
     start_pool,
@@ -30,7 +31,6 @@ from raydistill.runtime.pool import (
     teacher_identity,
     wanted_replicas,
 )
-from raydistill.runtime.settings import PlacementConfig, RunConfig, TeacherConfig
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +255,7 @@ import json, sys, ray, torch
 sys.path.insert(0, {root!r})
 from tests.runtime.test_pool import client, query, scenes
 from raydistill.runtime.build import build_pipeline, build_teacher
-from raydistill.runtime.pool import require_same_teacher, start_pool
+from raydistill.runtime.teachers import require_same_teacher, start_pool
 torch.set_num_threads(1)
 ray.init(address={address!r}, logging_level="WARNING")
 config = scenes(teacher_service="shared")

@@ -1,0 +1,318 @@
+"""Teachers behind Ray actors: the replicas, the manager of a pool of them, and pools that outlive a job.
+
+    rank --how many queries are out--> _PoolManager, which starts and ends replicas between placement.teacher_replicas
+                                       and placement.max_teacher_replicas and holds the weights, once a node
+
+A named pool (placement.teacher_service) serves several jobs; the guidance scale travels in the query, so they may
+differ in it. The ranks' side is `raydistill.runtime.pool`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydistill.errors import PlacementError, RayDistillError
+from raydistill.models.denoiser import Cond
+from raydistill.models.diffusers_hub import DenoiserParts
+from raydistill.roles.teacher import KeptGraphs, TeacherScorer
+from raydistill.runtime import wire
+from raydistill.runtime.actors import get
+from raydistill.runtime.build import build_pipeline, pick_device, tuned_teacher
+from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
+
+NAMESPACE = "raydistill"
+_SERVICE = "teacher_service/"
+REPORT_S = 1.0
+"""Seconds between a client's reports to the manager."""
+_SHRINK_AFTER_S = 30.0
+_FIRST_REPLICA_S = 5.0
+_CONNECT_S = 5.0
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """What a pool is made of, taken from the settings of the run that started it."""
+
+    identity: str
+    """The teacher: hash of its weights, and the arithmetic it computes in."""
+    path: str
+    minimum: int
+    maximum: int
+    cpus: float
+    gpus: float
+    kept_graphs: int
+    compile: bool
+
+
+def teacher_identity(config: RunConfig, fingerprint: str) -> str:
+    """What two runs must have in common to share a teacher."""
+    layout = "channels_last" if config.train.channels_last else "contiguous"
+    return f"{fingerprint[:16]}/{config.teacher.prediction}/{config.teacher.dtype}/{layout}"
+
+
+class _TeacherActor:
+    """One replica: a teacher on shared weights."""
+
+    def __init__(
+        self, parts: DenoiserParts, weights: Mapping[str, Any], null: Mapping[str, Any], spec: PoolSpec
+    ):
+        self._built: tuple[KeptGraphs, torch.device] | None = None
+        self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
+        if not spec.gpus:
+            torch.set_num_threads(max(1, int(spec.cpus)))
+
+    def ready(self) -> None:
+        """Answers when the process is there."""
+
+    def _service(self) -> tuple[KeptGraphs, torch.device]:
+        # built by the first call, not by the constructor, so that a failure reaches the caller as itself
+        if self._built is None:
+            device = pick_device(self._spec.gpus, "placement.gpus_per_teacher")
+            denoiser = self._parts.build(wire.shared_weights(self._weights)).to(device)
+            if self._spec.compile:
+                denoiser.unet.compile()
+            null = Cond({name: wire.unpack(array, device) for name, array in self._null.items()})
+            self._built = KeptGraphs(TeacherScorer(denoiser, null.expand), self._spec.kept_graphs), device
+        return self._built
+
+    def answer(self, packed: Mapping[str, Any], key: str, keep: bool, dtype: wire.WireDtype) -> Any:
+        service, device = self._service()
+        return wire.pack(service.answer(wire.unpack_query(packed, device, differentiable=keep), key), dtype)
+
+    def vjp(
+        self, packed: Mapping[str, Any] | None, key: str, cotangent: Any, dtype: wire.WireDtype
+    ) -> Any | None:
+        """Without `packed` None where the graph is gone: the caller then asks again with it."""
+        service, device = self._service()
+        if packed is not None:
+            service.answer(wire.unpack_query(packed, device, differentiable=True), key)
+        gradient = service.vjp(key, wire.unpack(cotangent, device))
+        return None if gradient is None else wire.pack(gradient, dtype)
+
+
+def wanted_replicas(now: int, outstanding: int, idle_s: float, minimum: int, maximum: int) -> int:
+    """How many replicas there should be: one more while queries wait two deep, one less after half a minute's rest.
+
+    outstanding: queries asked and not answered; idle_s: time since there were more of them than one replica less
+    could serve at once.
+    """
+    if outstanding > 2 * now:
+        now += 1
+    elif idle_s > _SHRINK_AFTER_S:
+        now -= 1
+    return min(max(now, minimum), maximum)
+
+
+class _PoolManager:
+    """Starts and ends replicas; Ray itself restarts those that die."""
+
+    def __init__(self, config: dict[str, Any], nodes: Sequence[str]):
+        self._config = config_from_dict(config)
+        self._nodes = list(nodes)
+        self._replicas: dict[str, Any] = {}
+        self._starting: dict[str, tuple[Any, Any]] = {}
+        self._outstanding: dict[str, tuple[int, float]] = {}
+        self._busy_at = time.monotonic()
+        self._args: tuple[Any, ...] | None = None
+        self._spec: PoolSpec | None = None
+        self._lock = threading.RLock()
+
+    def spec(self) -> PoolSpec:
+        """What the pool serves; loads the weights and starts the first replicas when it is first asked."""
+        with self._lock:
+            if self._spec is None:
+                self._spec = self._start()
+                threading.Thread(target=self._watch, daemon=True, name="scale").start()
+            return self._spec
+
+    def handles(self) -> dict[str, Any]:
+        """The replicas that are there; waits some seconds for the first."""
+        with self._lock:
+            self.spec()
+            self._welcome(0.0 if self._replicas else _FIRST_REPLICA_S)
+            return dict(self._replicas)
+
+    def report(self, client: str, outstanding: int) -> dict[str, Any]:
+        """A client's number of unanswered queries; answers with the replicas to send the next ones to."""
+        with self._lock:
+            self.spec()
+            self._outstanding[client] = (outstanding, time.monotonic())
+            self._scale()
+            return dict(self._replicas)
+
+    def _watch(self) -> None:
+        """A service that nobody uses gets no reports, and shrinks all the same."""
+        while True:
+            time.sleep(REPORT_S)
+            with self._lock:
+                self._scale()
+
+    def _welcome(self, timeout_s: float) -> None:
+        """Let replicas whose process is there take queries: one that finds no room must not attract any."""
+        if not self._starting:
+            return
+        waiting = [reference for _, reference in self._starting.values()]
+        there = ray.wait(waiting, num_returns=1, timeout=timeout_s)[0]
+        there += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        for name, (handle, reference) in list(self._starting.items()):
+            if reference in there:
+                del self._starting[name]
+                self._replicas[name] = handle
+
+    def _scale(self) -> None:
+        assert self._spec is not None
+        spec, now = self._spec, time.monotonic()
+        self._welcome(0.0)
+        # a client that was killed says nothing any more
+        self._outstanding = {c: v for c, v in self._outstanding.items() if now - v[1] < 10 * REPORT_S}
+        outstanding = sum(count for count, _ in self._outstanding.values())
+        if outstanding >= len(self._replicas):
+            self._busy_at = now
+        count = len(self._replicas) + len(self._starting)
+        wanted = wanted_replicas(count, outstanding, now - self._busy_at, spec.minimum, spec.maximum)
+        if wanted != count:
+            self._busy_at = now
+        if wanted > count:
+            self._add(spec)
+        elif wanted < count and self._starting:
+            ray.kill(self._starting.popitem()[1][0])
+        elif wanted < count:
+            # what it has in hand is asked of another replica
+            ray.kill(self._replicas.popitem()[1])
+
+    def _start(self) -> PoolSpec:
+        config = self._config
+        pipeline = build_pipeline(config)
+        null = {name: wire.pack(tensor) for name, tensor in pipeline.null_cond(1).tensors.items()}
+        fingerprint = pipeline.fingerprint
+        denoiser = tuned_teacher(config, pipeline, torch.device("cpu"))
+        weights = ray.put(wire.pack_weights(denoiser.state_dict()))
+        self._args = (DenoiserParts.of(denoiser), weights, null)
+        placement = config.placement
+        spec = PoolSpec(
+            identity=teacher_identity(config, fingerprint),
+            path=config.teacher.path,
+            minimum=placement.teacher_replicas,
+            maximum=max(placement.teacher_replicas, placement.max_teacher_replicas),
+            cpus=placement.cpus_per_teacher,
+            gpus=placement.gpus_per_teacher,
+            kept_graphs=placement.teacher_kept_graphs,
+            compile=config.train.compile,
+        )
+        for _ in range(spec.minimum):
+            self._add(spec)
+        return spec
+
+    def _add(self, spec: PoolSpec) -> None:
+        assert self._args is not None
+        options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "max_restarts": -1, "max_task_retries": 0}
+        # soft: where that node has gone since, any other does
+        options["scheduling_strategy"] = (
+            NodeAffinitySchedulingStrategy(self._nodes.pop(0), soft=True) if self._nodes else "SPREAD"
+        )
+        # a name that no replica had before, also of a manager that was here before this one
+        name = uuid.uuid4().hex[:8]
+        handle = ray.remote(_TeacherActor).options(**options).remote(*self._args, spec)
+        self._starting[name] = handle, handle.ready.remote()
+
+
+def start_pool(config: RunConfig, nodes: Sequence[str] = ()) -> Any:
+    """The manager of the run's own pool, or of the named service, which is started if it is not there.
+
+    nodes: ids of those where the first replicas are to be, one each; the others spread over the cluster.
+
+    Raises ConfigError if its teacher can't be loaded.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    name = config.placement.teacher_service
+    if name:
+        options |= {
+            "name": f"{_SERVICE}{name}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+        }
+    else:
+        here = ray.get_runtime_context().get_node_id()
+        options |= {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+    manager = ray.remote(_PoolManager).options(**options).remote(to_dict(config), nodes)
+    try:
+        get(manager.spec.remote())
+    except RayDistillError:
+        ray.kill(manager)  # its name is free for a job whose teacher can be loaded
+        raise
+    return manager
+
+
+def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> None:
+    """Raise PlacementError if the pool serves another teacher than this run's."""
+    spec = get(manager.spec.remote())
+    mine = teacher_identity(config, fingerprint)
+    if spec.identity != mine:
+        raise PlacementError(
+            f"placement.teacher_service={config.placement.teacher_service!r} serves the teacher {spec.path} "
+            f"({spec.identity}), this run's is {config.teacher.path} ({mine}): choose another "
+            "placement.teacher_service, or the same teacher.path, teacher.dtype, teacher.prediction and "
+            "train.channels_last"
+        )
+
+
+def join_cluster() -> None:
+    """Join the cluster of RAY_ADDRESS, or the head of this machine. Raises PlacementError if none answers.
+
+    Ray itself would wait for minutes for a head that is gone.
+    """
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        remembered = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        address = remembered.read_text().strip() if remembered.is_file() else ""
+    try:
+        if "://" not in address:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        ray.init(address=address, logging_level="WARNING")
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise PlacementError(
+            f"no Ray cluster answers {where} ({type(error).__name__}): start one (raydistill up), or set RAY_ADDRESS"
+        ) from error
+
+
+def services() -> dict[str, dict[str, Any]]:
+    """The named pools on the cluster that this process has joined: teacher, its identity and number of replicas."""
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_SERVICE):
+            manager = ray.get_actor(actor["name"], namespace=NAMESPACE)
+            try:
+                spec, replicas = get(manager.spec.remote()), get(manager.handles.remote())
+            except (RayDistillError, ray.exceptions.RayError):  # it is ending
+                continue
+            found[actor["name"].removeprefix(_SERVICE)] = {
+                "teacher": spec.path, "identity": spec.identity, "replicas": len(replicas),
+            }  # fmt: skip
+    return found
+
+
+def stop_service(name: str) -> None:
+    """End a named pool and its replicas. Raises PlacementError if there is none."""
+    try:
+        manager = ray.get_actor(f"{_SERVICE}{name}", namespace=NAMESPACE)
+    except ValueError:
+        there = ", ".join(services()) or "none"
+        raise PlacementError(
+            f"no teacher service {name!r} runs on this cluster; there are: {there}"
+        ) from None
+    ray.kill(manager)
