@@ -2,10 +2,13 @@
 
     python jobs/bench_step.py --out step.json               the embedded size and an EDM-like pixel size
     python jobs/bench_step.py --size edm32 --batch 64 --gpu   CIFAR-10's 32x32 pixels, a UNet of 56 M parameters
+    python jobs/bench_step.py --job jobs/dmd2_coco.py --out step.json   a job's own networks and settings
+    raydistill plan jobs/dmd2_coco.py --role-times step.json            what they promise on many devices
 
 Each size runs the trainer's own code on random-weight or shipped networks, standard-normal samples standing in for the
 data, and prints median seconds of a warm update, forward equivalents by role as counted by hooks beside the plan's,
-samples per second, and peak memory beside the plan's. Each size runs in a process of its own, so peaks don't mix.
+samples per second, peak memory beside the plan's, and the median seconds of each phase as the placements simulate them
+(`raydistill plan --role-times`). Each size runs in a process of its own, so peaks don't mix.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,12 @@ def main() -> None:
         return
     results = []
     for size in arguments.size:
-        command = [sys.executable, __file__, "--child", "--size", size, "--updates", str(arguments.updates)]
-        command += ["--ratio", str(arguments.ratio), "--dtype", arguments.dtype]
+        command = [sys.executable, __file__, "--child", "--updates", str(arguments.updates)]
+        command += ["--job", arguments.job, *arguments.overrides] if arguments.job else ["--size", size]
+        command += ["--preset", arguments.preset] if arguments.preset else []
+        command += ["--ratio", str(arguments.ratio)] if arguments.ratio else []
+        command += ["--dtype", arguments.dtype] if arguments.dtype else []
+        command += ["--threads", str(arguments.threads)] if arguments.threads else []
         command += ["--batch", str(arguments.batch)] if arguments.batch else []
         command += [flag for flag, on in (("--gpu", arguments.gpu), ("--compile", arguments.compile)) if on]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -53,43 +61,55 @@ def parse() -> argparse.Namespace:
     )
     sizes = "; ".join(f"{name}: {text}" for name, text in SIZES.items())
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["scenes", "edm16"], help=sizes)
-    parser.add_argument("--batch", type=int, help="samples of an update (scenes 64, edm16 16, edm32 16)")
+    parser.add_argument("--job", metavar="JOB", help="a job file or a method's name, instead of a size")
+    parser.add_argument("--preset", metavar="NAME", help="one of the job's other recipes")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings of the job")
+    parser.add_argument(
+        "--batch", type=int, help="samples of an update (scenes 64, edm16 16, edm32 16, the job's own)"
+    )
     parser.add_argument(
         "--updates", type=int, default=5, help="measured updates after one to warm up (%(default)s)"
     )
     parser.add_argument(
-        "--ratio", type=int, default=5, help="R, critic updates per generator update (%(default)s)"
+        "--ratio", type=int, help="R, critic updates per generator update (5, or the job's own)"
     )
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="arithmetic (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="arithmetic of generator and critic (fp32, or the job's own)",
+    )
+    parser.add_argument("--threads", type=int, help="of the process (as torch chooses: one for each core)")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNets")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if any(text.startswith("-") for text in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides += rest
+    if (arguments.overrides or arguments.preset) and not arguments.job:
+        parser.error("--preset and settings are a job's: name it with --job")
+    if arguments.job:
+        arguments.size = ["/".join(filter(None, (Path(arguments.job).stem, arguments.preset)))]
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     import torch
 
     from raydistill.data.normal import NormalSource
-    from raydistill.data.reader import DataConfig
-    from raydistill.methods.dmd2 import DMD2Config
     from raydistill.models.denoiser import parameter_count
     from raydistill.roles.world import World
+    from raydistill.runtime import role_times
     from raydistill.runtime.plan import GIB, plan_for
-    from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
     from raydistill.runtime.trainer import Trainer, peak_memory_gib
 
     device = torch.device("cuda" if arguments.gpu else "cpu")
-    batch = arguments.batch or (64 if size == "scenes" else 16)
-    pipeline, meta, shapes = networks(size)
-    config = RunConfig(
-        name="bench",
-        teacher=TeacherConfig(guidance_scale=3.0 if size == "scenes" else 1.0),
-        method=DMD2Config(critic_updates_per_generator=arguments.ratio),
-        train=TrainConfig(batch_size=batch, dtype=arguments.dtype, compile=arguments.compile),
-        data=DataConfig(shards="standard-normal"),
-    )
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = job_config(arguments) if arguments.job else size_config(arguments, size)
+    pipeline, meta, shapes = job_networks(config) if arguments.job else networks(size)
+    batch, ratio = config.train.batch_size, config.method.critic_updates_per_generator
 
     def source(
         purpose: str, fields: tuple[str, ...], batch_size: int, micro_batch_size: int, world: World
@@ -128,24 +148,95 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         role: count.equivalents(planned.encoder_share) / batch / arguments.updates
         for role, count in counts.items()
     }
+    peak = peak_memory_gib(device)
+    phases = role_times.measure(trainer, arguments.updates)
     return {
         "size": size,
         "batch_size": batch,
-        "critic_updates_per_generator": arguments.ratio,
+        "critic_updates_per_generator": ratio,
         "parameters": parameter_count(pipeline.denoiser),
-        "dtype": arguments.dtype,
+        "dtype": config.train.dtype,
         "device": torch.cuda.get_device_name()
         if arguments.gpu
         else f"cpu, {torch.get_num_threads()} threads",
         "seconds_median": median,
         "seconds": seconds,
-        "samples_per_s": batch * arguments.ratio / median,
+        "samples_per_s": batch * ratio / median,
         "forward_equivalents": equivalents,
         "forward_equivalents_planned": planned.forwards,
-        "peak_gib": peak_memory_gib(device) - (0.0 if arguments.gpu else baseline),
+        "peak_gib": peak - (0.0 if arguments.gpu else baseline),
         "peak_gib_planned": planned.total_bytes / GIB,
         "process_gib_before": baseline,
-    }
+    } | role_times.entry(phases, config, planned)
+
+
+def size_config(arguments: argparse.Namespace, size: str) -> Any:
+    """The settings of one of the built-in sizes."""
+    from raydistill.data.reader import DataConfig
+    from raydistill.methods.dmd2 import DMD2Config
+    from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig
+
+    return RunConfig(
+        name="bench",
+        teacher=TeacherConfig(guidance_scale=3.0 if size == "scenes" else 1.0),
+        method=DMD2Config(critic_updates_per_generator=arguments.ratio or 5),
+        train=TrainConfig(
+            batch_size=arguments.batch or (64 if size == "scenes" else 16),
+            dtype=arguments.dtype or "fp32",
+            compile=arguments.compile,
+        ),
+        data=DataConfig(shards="standard-normal"),
+    )
+
+
+def job_config(arguments: argparse.Namespace) -> Any:
+    """A job's settings on one device, its GAN on from the first update. Ends the process if the job is wrong."""
+    from raydistill.cli import load_job
+    from raydistill.config import apply_overrides
+    from raydistill.errors import ConfigError, RayDistillError
+    from raydistill.runtime.settings import PlacementConfig, validate
+
+    try:
+        recipe, presets = load_job(arguments.job)
+        if arguments.preset and arguments.preset not in presets:
+            raise ConfigError(
+                f"--preset {arguments.preset!r} is unknown; valid: {', '.join(presets) or 'none'}"
+            )
+        recipe = presets[arguments.preset] if arguments.preset else recipe
+        config = apply_overrides(recipe(), arguments.overrides)
+        train = replace(
+            config.train,
+            batch_size=arguments.batch or config.train.batch_size,
+            dtype=arguments.dtype or config.train.dtype,
+            compile=arguments.compile or config.train.compile,
+            generator_updates=10**6,
+        )
+        ratio = arguments.ratio or config.method.critic_updates_per_generator
+        config = replace(
+            config,
+            train=train,
+            method=replace(config.method, critic_updates_per_generator=ratio, gan_start_update=0),
+            placement=PlacementConfig(session="inline"),
+        )
+        validate(config)
+    except RayDistillError as error:
+        sys.exit(f"bench_step: error: {error}")
+    return config
+
+
+def job_networks(config: Any) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
+    """`networks` of a job."""
+    from raydistill.errors import RayDistillError
+    from raydistill.models.diffusers_hub import denoiser_on_meta
+    from raydistill.runtime.build import build_pipeline
+    from raydistill.runtime.settings import teacher_folder
+
+    try:
+        teacher = config.teacher
+        meta = denoiser_on_meta(teacher_folder(teacher), teacher.prediction, teacher.revision)
+        return build_pipeline(config), *meta
+    except RayDistillError as error:
+        sys.exit(f"bench_step: error: {error}")
 
 
 class Count:
@@ -222,6 +313,9 @@ def show(result: dict[str, Any]) -> None:
     for role, counted in result["forward_equivalents"].items():
         planned = result["forward_equivalents_planned"][role]
         print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {planned:7.2f}")
+    print("  seconds of the phases, for the whole batch:")
+    for phase, seconds in result["role_seconds"].items():
+        print(f"  {phase:<18} {seconds:8.4f}")
 
 
 def machine() -> dict[str, Any]:

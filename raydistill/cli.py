@@ -184,7 +184,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     recipe, presets = load_job(arguments.job)
     config = _checked(_configured(recipe, presets, arguments))
     planned = plan(config)
-    times = read(arguments.role_times, config, planned, arguments.job) if arguments.role_times else None
+    preset = f" --preset {arguments.preset}" if arguments.preset else ""
+    job = arguments.job + preset
+    times = read(arguments.role_times, config, planned, job) if arguments.role_times else None
     net = network(arguments.latency_us, arguments.gbit_per_s, times)
     print(planned.table())
     found = [

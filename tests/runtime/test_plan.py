@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.models.diffusers_hub import random_pixel_pipeline
 from raydistill.runtime.actors import free_cpus, worker_cpus
-from raydistill.runtime.plan import plan, plan_for
+from raydistill.runtime.plan import GIB, plan, plan_for
+from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.ray_train import check_room, choose_workers
 from raydistill.runtime.settings import RunConfig, validate
+from raydistill.runtime.simulate import RoleSeconds
 from tests.tiny import tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "jobs" / "bench_step.py"
+ROLES = ("generator", "critic", "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,42 @@ def test_bf16_and_checkpointing_need_less_and_more_ranks_less_each() -> None:
     assert saved.forwards["generator"] == plain.forwards["generator"] + 1
     both = planned(tiny_config(placement={"workers": 2}))
     assert both.bytes_by_role["generator"].activations == pytest.approx(activations / 2, rel=0.05)
+
+
+def test_the_table_says_what_each_kind_of_device_holds() -> None:
+    colocated = planned(tiny_config())
+    total = sum(role.total for role in colocated.bytes_by_role.values())
+    assert colocated.device_bytes == {"worker": total}
+    lines = colocated.table().splitlines()
+    assert lines[0].startswith("GiB, all on a worker")
+    assert lines[4].split() == ["together", f"{total / GIB:.4f}"]
+
+    teachers = planned(tiny_config(placement={"mode": "teachers", "workers": 2}))
+    roles = teachers.bytes_by_role
+    on_worker = roles["generator"].total + roles["critic"].total
+    assert teachers.device_bytes == {"worker": on_worker, "teacher": roles["teacher"].total}
+    text = teachers.table()
+    assert "all on a worker" not in text
+    assert "together" not in text.split("forward equivalents")[0]
+    assert re.search(rf"^on a worker: generator, critic +{on_worker / GIB:.4f}$", text, re.M)
+    assert re.search(rf"^on a teacher replica: teacher +{roles['teacher'].total / GIB:.4f}$", text, re.M)
+
+    apart = planned(tiny_config(placement={"mode": "disaggregated", "workers": 5, "critic_ranks": 4}))
+    assert apart.ranks == {"generator": 1, "critic": 4}
+    assert apart.device_bytes == {role: apart.bytes_by_role[role].total for role in ROLES}
+    assert "on a generator rank: generator" in apart.table()
+    assert "on a critic rank: critic" in apart.table()
+
+
+def test_ranks_that_are_not_set_are_those_that_a_run_would_choose() -> None:
+    config = tiny_config(placement={"mode": "disaggregated"})
+    assert planned(config).ranks == {"generator": 1, "critic": 1}
+    config = tiny_config(placement={"mode": "disaggregated", "workers": 6}, train={"batch_size": 40})
+    found = planned(config)
+    r = config.method.critic_updates_per_generator
+    assert found.ranks["critic"] == best_num_critic(6, 40, None, found.seconds, r)
+    with pytest.raises(PlacementError, match=r"train\.batch_size=7 can't be shared"):
+        planned(tiny_config(placement={"mode": "disaggregated", "workers": 4}, train={"batch_size": 7}))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +280,8 @@ def test_bench_prints_and_writes_what_it_promises(tmp_path: Path) -> None:
         "2",
         "--updates",
         "1",
+        "--threads",
+        "1",
         "--out",
         str(out),
     ]
@@ -250,5 +292,42 @@ def test_bench_prints_and_writes_what_it_promises(tmp_path: Path) -> None:
     for role, counted in result["forward_equivalents"].items():
         assert counted == pytest.approx(result["forward_equivalents_planned"][role], rel=1e-6)
     assert result["samples_per_s"] == pytest.approx(2 * 5 / result["seconds_median"])
+    seconds = RoleSeconds(**result["role_seconds"])
+    assert seconds.window(5) == pytest.approx(result["seconds_median"], rel=0.7)  # another update of the same
+    for phase, value in result["role_seconds"].items():
+        assert value > 0
+        assert re.search(rf"^  {phase} +{value:.4f}$", done.stdout, re.M)
+    assert result["workload"]["teacher.guidance_scale"] == "1"
     # the process also holds what convolutions work in; the plan counts tensors
     assert 0.5 * result["peak_gib_planned"] < result["peak_gib"] < 3 * result["peak_gib_planned"] + 0.1
+
+
+def test_bench_measures_a_job_and_says_what_is_wrong_with_it_in_a_line(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    command = [
+        sys.executable,
+        str(BENCH),
+        "--updates",
+        "1",
+        "--threads",
+        "1",
+        "--batch",
+        "2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [*command, "--job", "dmd2", "teacher.guidance_scale=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(out.read_text())["results"]
+    assert (result["size"], result["batch_size"]) == ("dmd2", 2)
+    assert result["critic_updates_per_generator"] == 2  # the job's own
+    assert result["workload"]["method.gan_features"] == "no GAN"
+    assert result["workload"]["teacher.guidance_scale"] == "1"
+    done = subprocess.run(
+        [*command, "--job", "dmd2", "--preset", "none"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench_step: error: --preset 'none' is unknown; valid: long, four_step")
