@@ -1,20 +1,28 @@
-"""What does orchestration cost? The same update bare, under Ray Train, with a teacher pool and with every role apart.
+"""What does orchestration cost, and does the simulation of the schedules predict it?
 
     python jobs/bench_orchestration.py --out orchestration.json
 
 Prints, with medians of interleaved rounds:
 
-    updates      one DMD2 update of the embedded networks in a bare Python loop, colocated under Ray Train, with the
-                 teacher in a pool, and with generator and critic on ranks of their own; forward passes by role
-    calls        a call with 4 MiB each way to a teacher replica, and between two ranks
-    pipeline     the schedule with roles apart at R = 1, 2, 5, 10, its networks replaced by processes that sleep (two
-                 cores can't run three roles at once), against the longest chain of dependencies
+    calls        a call with 4 MiB each way to a teacher replica, and between two ranks; with a small one beside it they
+                 give latency and bandwidth of both roads
+    updates      one DMD2 update of the embedded networks in a bare Python loop, in the trainer without Ray, colocated
+                 under Ray Train, with the teacher in a pool, and with generator and critic on ranks of their own;
+                 forward passes by role; the window that is simulated from the trainer's phases and those roads
+    pipeline     the schedule with roles apart at R = 1, 2, 5, 10 and with two ranks of a role, its networks replaced by
+                 processes that sleep (two cores can't run three roles at once), against the longest chain of
+                 dependencies (ideal) and what is simulated with those roads (predicted)
     pool         queries per second of 1 to 8 sleeping replicas, against so many times one replica's
+
+Each process has --threads threads, one by default: what is measured is the orchestration, and a step with a thread for
+each core waits at every operation for the thread whose core one of Ray's idle processes took. That ratio is printed
+too.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -23,16 +31,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raydistill.runtime.settings import RunConfig
+    from raydistill.runtime.simulate import Network, RoleSeconds
 
 RATIOS = (1, 2, 5, 10)
 REPLICAS = (1, 2, 4, 8)
-MIB_4 = (1, 1, 1024, 1024)
+MIB_4, SMALL = (1, 1, 1024, 1024), (1, 1, 16, 16)
+RANKS = ((2, 1, 5), (1, 2, 5), (2, 1, 2), (1, 2, 2))
+"""(generator ranks, critic ranks, R) of the pipelines with several ranks."""
 SLEEP = {
     "generator_update": 0.06, "sample": 0.03, "critic_answer": 0.03, "critic_update": 0.08, "teacher_answer": 0.06,
 }  # fmt: skip
@@ -49,15 +62,20 @@ def main() -> None:
 
     from raydistill.runtime.run import connect
 
+    threads = sorted({arguments.threads, os.cpu_count() or 1})
+    results: dict[str, Any] = {"machine": machine(), "threads": arguments.threads}
+    if "updates" in arguments.only:
+        results |= without_ray(arguments.rounds, bench_config(arguments.batch, arguments.ratio), threads)
     connect(num_cpus=16)
-    results: dict[str, Any] = {"machine": machine()}
     try:
+        roads: dict[str, Network] = {}
+        if {"calls", "updates", "pipeline"} & set(arguments.only):
+            found, roads = calls(arguments.calls)
+            results |= found
         if "updates" in arguments.only:
-            results |= updates(arguments.rounds, arguments.batch, arguments.ratio)
-        if "calls" in arguments.only:
-            results |= calls(arguments.calls)
+            results |= updates(arguments.rounds, arguments.batch, arguments.ratio, arguments.threads, roads)
         if "pipeline" in arguments.only:
-            results |= pipeline(arguments.windows)
+            results |= pipeline(arguments.windows, roads)
         if "pool" in arguments.only:
             results |= pool(arguments.queries)
     finally:
@@ -79,6 +97,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=32, help="samples of an update (%(default)s)")
     parser.add_argument("--ratio", type=int, default=2, help="R of the updates (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process that computes (%(default)s)")
     parser.add_argument("--calls", type=int, default=50, help="calls with 4 MiB each way (%(default)s)")
     parser.add_argument(
         "--windows", type=int, default=30, help="windows of the pipeline at each R (%(default)s)"
@@ -173,102 +192,266 @@ class BareLoop:
 
 
 class _Turns:
-    """Whose turn it is: one part of the benchmark works, all others wait."""
+    """Whose turn it is: one part of the benchmark works, all others wait in a call, without looking again and again."""
 
     def __init__(self) -> None:
-        self._turn = ""
+        self._turn: tuple[int, str, int] = (0, "", 0)
+        self._changed = asyncio.Condition()
+        self._over = -1
         self._ready: dict[str, int] = {}
         self._seconds: dict[str, list[float]] = {}
         self._counts: dict[str, dict[str, float]] = {}
 
-    def ready(self, name: str) -> None:
+    async def ready(self, name: str) -> None:
         self._ready[name] = self._ready.get(name, 0) + 1
 
-    def is_ready(self) -> dict[str, int]:
+    async def is_ready(self) -> dict[str, int]:
         return dict(self._ready)
 
-    def give(self, name: str) -> None:
-        self._turn = name
+    async def give(self, name: str, threads: int) -> None:
+        """Return when it is done with its turn."""
+        async with self._changed:
+            number = self._turn[0] + 1
+            self._turn = number, name, threads
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._over >= number)
 
-    def turn(self) -> str:
-        return self._turn
+    async def end(self) -> None:
+        async with self._changed:
+            self._turn = self._turn[0] + 1, "end", 0
+            self._changed.notify_all()
 
-    def count(self, name: str, counts: dict[str, float]) -> None:
+    async def next_turn(self, name: str, after: int) -> tuple[int, int] | None:
+        """(number of the turn, threads) of this part's next turn after one, None at the end."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._turn[0] > after and self._turn[1] in (name, "end"))
+            return None if self._turn[1] == "end" else (self._turn[0], self._turn[2])
+
+    async def count(self, name: str, counts: dict[str, float]) -> None:
         self._counts[name] = self._counts.get(name, {}) | counts
 
-    def done(self, name: str, seconds: float) -> None:
+    async def done(self, name: str, seconds: float) -> None:
         self._seconds.setdefault(name, []).append(seconds)
-        self._turn = ""
+        async with self._changed:
+            self._over = self._turn[0]
+            self._changed.notify_all()
 
-    def results(self) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    async def results(self) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
         return self._seconds, self._counts
 
 
-def updates(rounds: int, batch: int, ratio: int) -> dict[str, Any]:
-    """Interleaved updates of the four placements."""
-    import ray
+class _Alone:
+    """A session of one process without Ray."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from raydistill.roles.world import World
+
+        self.world, self.device = World(), torch.device("cpu")
+
+    def scorer(self, pipeline: Any) -> None:
+        return None
+
+
+def timed(function: Callable[[], Any], threads: int) -> float:
     import torch
 
-    from raydistill.runtime import teachers as pools
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
-    threads = os.cpu_count() or 1
-    turns = ray.remote(_Turns).options(num_cpus=0).remote()
+
+def without_ray(rounds: int, config: RunConfig, threads: list[int]) -> dict[str, Any]:
+    """The bare loop and the trainer before any process of Ray's runs."""
+    from raydistill.runtime.trainer import Trainer
+
+    bare, inline = BareLoop(config), Trainer(config, _Alone(), open_reader=normal_samples)  # type: ignore[arg-type]
+    parts = {"bare": bare.update, "inline": inline.window}
+    seconds: dict[str, list[float]] = {}
+    for number in range(rounds + 2):
+        for count in threads:
+            for name, update in parts.items():
+                seconds.setdefault(f"{name}/{count}", []).append(timed(update, count))
+        show_progress(f"without Ray {number + 1}/{rounds + 2}")
+    found = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    print(f"one update before Ray runs, median of {rounds} interleaved rounds:")
+    for count in threads:
+        print(
+            f"  {count} thread(s): bare {found[f'bare/{count}']:.3f} s, the trainer "
+            f"{found[f'inline/{count}'] / found[f'bare/{count}']:.3f} x bare"
+        )
+    return {"update_without_ray_s": found}
+
+
+def updates(rounds: int, batch: int, ratio: int, threads: int, roads: dict[str, Network]) -> dict[str, Any]:
+    """Interleaved updates of the placements: colocated alone beside the bare loop, then the other two."""
+    from raydistill.runtime import teachers
+
     base = bench_config(batch, ratio)
-    manager = pools.start_pool(bench_config(batch, ratio, mode="teachers"))
-    placements = {
-        "colocated": (base, None),
+    counts = sorted({threads, os.cpu_count() or 1})
+    first = Rounds(base, threads)
+    first.run(rounds, {"colocated": (base, None)}, counts)
+    manager = teachers.start_pool(bench_config(batch, ratio, mode="teachers"))
+    second = Rounds(base, threads)
+    others = {
         "teachers": (bench_config(batch, ratio, mode="teachers", workers=1), manager),
         "apart": (bench_config(batch, ratio, mode="disaggregated", workers=2, critic_ranks=1), manager),
     }
-    fits = [
-        threading.Thread(target=train_turns, args=(name, config, teachers, turns, threads), daemon=True)
-        for name, (config, teachers) in placements.items()
-    ]
-    torch.set_num_threads(threads)
-    bare = BareLoop(base)
-    for fit in fits:
-        fit.start()
-    expected = {"colocated": 1, "teachers": 1, "apart": 2}
-    while ray.get(turns.is_ready.remote()) != expected:
-        if not all(fit.is_alive() for fit in fits):
-            raise SystemExit("a placement failed to start; its error is above")
-        time.sleep(0.5)
-    counted = forwards_of(bare)
-    seconds: list[float] = []
-    names = ["bare", *placements]
-    for number in range(rounds + 2):  # two to warm up
-        for name in names:
-            if name == "bare":
-                started = time.perf_counter()
-                bare.update()
-                seconds.append(time.perf_counter() - started)
-                continue
-            ray.get(turns.give.remote(name))
-            while ray.get(turns.turn.remote()) == name:
-                if not all(fit.is_alive() for fit in fits):
-                    raise SystemExit("a placement failed; its error is above")
-                time.sleep(0.01)
-        show_progress(f"updates {number + 1}/{rounds + 2}")
-    ray.get(turns.give.remote("end"))
-    for fit in fits:
-        fit.join(60)
-    measured, counts = ray.get(turns.results.remote())
-    measured["bare"], counts["bare"] = seconds, counted
-    medians = {name: statistics.median(measured[name][2:]) for name in names}
+    second.run(rounds, others, [threads])
     print(
         f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds (a pool's passes not counted):"
     )
-    for name in names:
-        passes = ", ".join(f"{role} {count:g}" for role, count in sorted(counts[name].items()))
-        ratio_of = medians[name] / medians["bare"]
-        print(f"  {name:<10} {medians[name]:.3f} s   {ratio_of:.2f} x bare   forward passes: {passes}")
-    return {
-        "update_s": medians,
-        "colocated_over_bare": medians["colocated"] / medians["bare"],
-        "teachers_over_bare": medians["teachers"] / medians["bare"],
-        "apart_over_bare": medians["apart"] / medians["bare"],
-        "forward_passes": counts,
+    first.show()
+    second.show()
+    results: dict[str, Any] = {
+        "update_s": second.medians(),
+        "forward_passes": first.counts | second.counts,
     }
+    results["update_s"] |= first.medians() | {"bare_beside_teachers_and_apart": second.median("bare")}
+    for part, names in ((first, ["inline", "colocated"]), (second, ["teachers", "apart"])):
+        for name in names:
+            results[f"{name}_over_bare"] = part.median(name) / part.median("bare")
+    for count in counts[1:]:
+        key = f"colocated_over_bare_{count}_threads"
+        results[key] = first.median("colocated", count) / first.median("bare", count)
+        print(
+            f"  with {count} threads bare {first.median('bare', count):.3f} s, colocated {results[key]:.3f} x bare: no "
+            "core is left for Ray's own processes, and every operation waits for the thread whose core they took"
+        )
+    phases = {"first": first.phases(), "second": second.phases()}
+    results["role_seconds"] = {name: vars(each) for name, each in phases.items()}
+    return results | predicted_updates(first, second, ratio, threads, roads)
+
+
+def predicted_updates(
+    first: Rounds, second: Rounds, r: int, threads: int, roads: dict[str, Network]
+) -> dict[str, Any]:
+    """What the phases of the trainer in this process promise for each placement."""
+    from raydistill.runtime.placements import sizes
+    from raydistill.runtime.plan import plan
+    from raydistill.runtime.simulate import Layout, simulate
+
+    cores = os.cpu_count() or 1
+    moved = sizes(first.config, plan(first.config))
+    print("simulated from the trainer's phases, timed in the same rounds, and the roads:")
+    results = {}
+    for part, name, layout in (
+        (first, "colocated", Layout("colocated")),
+        (second, "teachers", Layout("teachers", 1, 0, 1)),
+        (second, "apart", Layout("disaggregated", 1, 1, 1)),
+    ):
+        seconds = part.phases()
+        at_once = {"colocated": threads, "teachers": threads + 1, "apart": 2 * threads + 1}[name]
+        if name != "colocated":  # a replica without CPUs of its own has one thread
+            seconds = replace(seconds, teacher_answer=part.phases(1).teacher_answer)
+        found = simulate(seconds, r, layout, roads["ranks"], moved, teacher_network=roads["teachers"])
+        # more threads than cores: no schedule is faster than all the work on all cores
+        mine = seconds.window(r) - (seconds.teacher_answer if name != "colocated" else 0.0)
+        work = (threads * mine + (seconds.teacher_answer if name != "colocated" else 0.0)) / cores
+        crowded = at_once > cores
+        window = max(found.window_s, work) if crowded else found.window_s
+        measured = part.median(name)
+        results[name] = {
+            "predicted_s": window, "measured_s": measured, "predicted_over_measured": window / measured,
+            "threads_at_once": at_once, "cores": cores,
+        }  # fmt: skip
+        note = f"   ({at_once} threads at once on {cores} cores: a lower bound)" if crowded else ""
+        print(f"  {name:<10} {window:.3f} s, measured {measured:.3f} s: {window / measured:.3f} of it{note}")
+    return {"predicted_updates": results}
+
+
+class Rounds:
+    """Updates of several placements and of this process, in turns."""
+
+    def __init__(self, config: RunConfig, threads: int):
+        from raydistill.runtime.trainer import Trainer
+
+        self.config, self.threads = config, threads
+        self._bare = BareLoop(config)
+        self._inline = Trainer(config, _Alone(), open_reader=normal_samples)  # type: ignore[arg-type]
+        self._seconds: dict[str, list[float]] = {}
+        self._phases: dict[int, list[RoleSeconds]] = {}
+        self.counts: dict[str, dict[str, float]] = {}
+
+    def run(
+        self, rounds: int, placements: dict[str, tuple[RunConfig, Any]], threads: list[int], warm: int = 2
+    ) -> None:
+        """Each thread count in each round; the trainer in this process also with one thread."""
+        import ray
+        import torch
+
+        from raydistill.runtime.role_times import timed_phases, window_phases
+
+        r = self.config.method.critic_updates_per_generator
+        turns = ray.remote(_Turns).options(num_cpus=0).remote()
+        fits = [
+            threading.Thread(target=train_turns, args=(name, config, teachers, turns), daemon=True)
+            for name, (config, teachers) in placements.items()
+        ]
+        for fit in fits:
+            fit.start()
+        expected = {name: max(1, config.placement.workers) for name, (config, _) in placements.items()}
+        while ray.get(turns.is_ready.remote()) != expected:
+            self._require_alive(fits)
+            time.sleep(0.5)
+        self.counts["bare"] = forwards_of(self._bare)
+        order: list[str] = []
+        with timed_phases(self._inline) as phases:
+            for number in range(rounds + warm):
+                for count in sorted({1, *threads}):
+                    torch.set_num_threads(count)
+                    row = window_phases(self._inline, phases)
+                    self._phases.setdefault(count, []).append(row)
+                    self._add("inline", count, row.window(r))
+                for count in threads:
+                    self._add("bare", count, timed(self._bare.update, count))
+                    for name in placements:
+                        turn = turns.give.remote(name, count)
+                        while not ray.wait([turn], timeout=5.0)[0]:
+                            self._require_alive(fits)
+                        order.append(f"{name}/{count}")
+                show_progress(f"updates {number + 1}/{rounds + warm}")
+        ray.get(turns.end.remote())
+        for fit in fits:
+            fit.join(60)
+        measured, counts = ray.get(turns.results.remote())
+        self.counts |= counts
+        for name, seconds in measured.items():
+            mine = [each for each in order if each.startswith(f"{name}/")]
+            for key, took in zip(mine, seconds, strict=True):
+                self._seconds.setdefault(key, []).append(took)
+        self._warm, self._names = warm, ["bare", "inline", *placements]
+
+    def _add(self, name: str, threads: int, seconds: float) -> None:
+        self._seconds.setdefault(f"{name}/{threads}", []).append(seconds)
+
+    def _require_alive(self, fits: list[threading.Thread]) -> None:
+        if not all(fit.is_alive() for fit in fits):
+            raise SystemExit("a placement failed; its error is above")
+
+    def median(self, name: str, threads: int = 0) -> float:
+        return statistics.median(self._seconds[f"{name}/{threads or self.threads}"][self._warm :])
+
+    def medians(self) -> dict[str, float]:
+        return {name: self.median(name) for name in self._names}
+
+    def phases(self, threads: int = 0) -> RoleSeconds:
+        from raydistill.runtime.role_times import medians
+
+        return medians(self._phases[threads or self.threads][self._warm :])
+
+    def show(self) -> None:
+        bare = self.median("bare")
+        for name in self._names:
+            of = self.counts.get(name, {})
+            passes = ", ".join(f"{role} {count:g}" for role, count in sorted(of.items()))
+            seconds = self.median(name)
+            print(
+                f"  {name:<10} {self.threads} thread(s) {seconds:.3f} s   {seconds / bare:.3f} x bare"
+                + (f"   forward passes: {passes}" if passes else "")
+            )
 
 
 def forwards_of(bare: BareLoop) -> dict[str, float]:
@@ -301,7 +484,7 @@ class counting:  # noqa: N801
             hook.remove()
 
 
-def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any, threads: int) -> None:
+def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any) -> None:
     """One placement under Ray Train, working when it is its turn."""
     from ray.train import RunConfig as TrainRunConfig
     from ray.train import ScalingConfig
@@ -311,7 +494,6 @@ def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any, threads
         turn_worker,
         train_loop_config={
             "name": name, "config": config, "teachers": teachers, "turns": turns,
-            "threads": max(1, threads // max(1, config.placement.workers)),
         },
         scaling_config=ScalingConfig(num_workers=max(1, config.placement.workers), resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo"),
@@ -335,7 +517,6 @@ def turn_worker(settings: dict[str, Any]) -> None:
 
     from raydistill.runtime.ray_train import TrainSession
 
-    torch.set_num_threads(settings["threads"])
     name, config, turns = settings["name"], settings["config"], settings["turns"]
     session = TrainSession(config, None, None, settings["teachers"], "")
 
@@ -343,16 +524,15 @@ def turn_worker(settings: dict[str, Any]) -> None:
     networks = {role: part_network(part) for role, part in trainer.parts.items()}
     if config.placement.mode == "colocated":
         networks["teacher"] = trainer.teacher.denoiser
+    torch.set_num_threads(1)
     if trainer.goes_on():
         trainer.window()
     ray.get(turns.ready.remote(name))
-    while True:
-        turn = ray.get(turns.turn.remote())
-        if turn == "end":
-            return
-        if turn != name:
-            time.sleep(0.02)
-            continue
+    number = 0
+    while turn := ray.get(turns.next_turn.remote(name, number)):
+        number, threads = turn
+        torch.set_num_threads(threads)
+        session.world.barrier()
         with counting(networks, config.train.batch_size) as counts:
             started = time.perf_counter()
             if trainer.goes_on():
@@ -429,29 +609,50 @@ def client_of(manager: Any) -> Any:
     return TeacherPool(manager, random_pixel_pipeline(8, (8, 16), 1)[0].denoiser)
 
 
-def calls(count: int) -> dict[str, Any]:
-    """Milliseconds of calls with 4 MiB each way."""
+def calls(count: int) -> tuple[dict[str, Any], dict[str, Network]]:
+    """Milliseconds of calls with 4 MiB each way; latency and bandwidth of both roads."""
     import ray
 
     pool = client_of(replicas(_EchoActor, 1))
-    query = a_query(MIB_4)
-    remote = []
-    for number in range(count + 5):
-        started = time.perf_counter()
-        pool.submit(query).answer()
-        if number >= 5:
-            remote.append(1000 * (time.perf_counter() - started))
+    seconds: dict[str, list[float]] = {}
+    for shape in (SMALL, MIB_4):
+        query = a_query(shape)
+        for number in range(count + 5):
+            started = time.perf_counter()
+            pool.submit(query).answer()
+            if number >= 5:
+                seconds.setdefault(f"teachers/{shape[-1]}", []).append(time.perf_counter() - started)
     turns = ray.remote(_Turns).options(num_cpus=0).remote()
     fit_ranks(rank_calls, {"turns": turns, "calls": count}, workers=2, name="calls")
-    ranks = [1000 * seconds for seconds in ray.get(turns.results.remote())[0]["rank"]]
+    seconds |= ray.get(turns.results.remote())[0]
+    took = {name: statistics.median(values) for name, values in seconds.items()}
+    roads = {name: road(took, name) for name in ("teachers", "ranks")}
     results = {
-        "remote_call_4mib_ms": statistics.median(remote),
-        "rank_call_4mib_ms": statistics.median(ranks),
+        "remote_call_4mib_ms": 1000 * took[f"teachers/{MIB_4[-1]}"],
+        "rank_call_4mib_ms": 1000 * took[f"ranks/{MIB_4[-1]}"],
+        "roads": {name: vars(each) for name, each in roads.items()},
     }
-    print(f"4 MiB each way, median of {count} calls:")
-    print(f"  to a teacher replica {results['remote_call_4mib_ms']:.1f} ms")
-    print(f"  between two ranks    {results['rank_call_4mib_ms']:.1f} ms")
-    return results
+    print(f"4 MiB each way, median of {count} calls, and the road that it and a call of 1 KiB give:")
+    for name, words, key in (
+        ("teachers", "to a teacher replica", "remote_call_4mib_ms"),
+        ("ranks", "between two ranks", "rank_call_4mib_ms"),
+    ):
+        each = roads[name]
+        print(
+            f"  {words:<21}{results[key]:.1f} ms   {1e3 * each.latency_s:.2f} ms and "
+            f"{each.bytes_per_s / 2**30:.2f} GiB/s one way"
+        )
+    return results, roads
+
+
+def road(seconds: dict[str, float], name: str) -> Network:
+    """From calls with two sizes each way; a way is half a call."""
+    from raydistill.runtime.simulate import Network
+
+    small, large = seconds[f"{name}/{SMALL[-1]}"] / 2, seconds[f"{name}/{MIB_4[-1]}"] / 2
+    small_bytes, large_bytes = 4 * SMALL[-1] ** 2, 4 * MIB_4[-1] ** 2
+    per_byte = max(large - small, 0.0) / (large_bytes - small_bytes)
+    return Network(max(small - small_bytes * per_byte, 0.0), 1 / per_byte if per_byte else float("inf"))
 
 
 def rank_calls(settings: dict[str, Any]) -> None:
@@ -463,16 +664,18 @@ def rank_calls(settings: dict[str, Any]) -> None:
 
     lanes = Lanes(torch.device("cpu"))
     mine = ray.train.get_context().get_world_rank()
-    payload = torch.zeros(MIB_4)
-    for number in range(settings["calls"] + 5):
-        started = time.perf_counter()
-        if mine == 0:
-            lanes.send(payload, 1)
-            lanes.receive(MIB_4, 1)
-        else:
-            lanes.send(lanes.receive(MIB_4, 0), 0)
-        if mine == 0 and number >= 5:
-            ray.get(settings["turns"].done.remote("rank", time.perf_counter() - started))
+    for shape in (SMALL, MIB_4):
+        payload = torch.zeros(shape)
+        for number in range(settings["calls"] + 5):
+            started = time.perf_counter()
+            if mine == 0:
+                lanes.send(payload, 1)
+                lanes.receive(shape, 1)
+            else:
+                lanes.send(lanes.receive(shape, 0), 0)
+            if mine == 0 and number >= 5:
+                took = time.perf_counter() - started
+                ray.get(settings["turns"].done.remote(f"ranks/{shape[-1]}", took))
     for _ in range(2):
         lanes.begin_window()
 
@@ -495,56 +698,84 @@ def fit_ranks(function: Any, settings: dict[str, Any], workers: int, name: str) 
 # ---- pipeline
 
 
-def pipeline(windows: int) -> dict[str, Any]:
-    """The schedule of roles apart with networks that sleep, against the ideal."""
+def pipeline(windows: int, roads: dict[str, Network]) -> dict[str, Any]:
+    """The schedule of roles apart with networks that sleep, against the ideal and the predicted window."""
     import ray
 
+    from raydistill.runtime.placements import sizes
+    from raydistill.runtime.plan import plan
     from raydistill.runtime.simulate import Layout, RoleSeconds, efficiency, simulate
 
-    seconds = RoleSeconds(**SLEEP)
-    shares = {}
-    print(f"roles apart, sleeping networks, median of {windows} windows:")
-    for r in RATIOS:
-        manager = replicas(_SleepActor, 1, SLEEP["teacher_answer"])
+    asleep, seconds = RoleSeconds(**SLEEP), sleeping_seconds(windows)
+    shares, cases = {}, []
+    print(
+        f"roles apart, sleeping networks, median of {windows} windows; predicted from the phases in one process (an "
+        f"update of the critic {seconds.critic_update:.4f} s where it sleeps {SLEEP['critic_update']} s) and the roads:"
+    )
+    for generators, critics, r in (*((1, 1, r) for r in RATIOS), *RANKS):
+        manager = replicas(_SleepActor, 1, SLEEP["teacher_answer"] / generators)
         turns = ray.remote(_Turns).options(num_cpus=0).remote()
-        config = bench_config(8, r, mode="disaggregated", workers=2, critic_ranks=1)
+        config = bench_config(8, r, mode="disaggregated", workers=generators + critics, critic_ranks=critics)
         settings = {"config": config, "teachers": manager, "turns": turns, "windows": windows + 3}
-        fit_ranks(sleeping_windows, settings, workers=2, name=f"pipeline{r}")
+        fit_ranks(sleeping_windows, settings, generators + critics, f"pipeline{generators}_{critics}_{r}")
         measured = statistics.median(ray.get(turns.results.remote())[0]["window"][3:])
-        ideal = simulate(seconds, r, Layout("disaggregated", 1, 1, 1))
-        shares[str(r)] = efficiency(ideal, measured)
-        print(f"  R {r:<3} {measured:.3f} s, ideal {ideal.window_s:.3f} s: {shares[str(r)]:.1%}")
-    return {"pipeline_efficiency": shares, "pipeline_role_seconds": SLEEP}
+        layout = Layout("disaggregated", generators, critics, 1)
+        ideal = simulate(asleep, r, layout)
+        moved = sizes(config, plan(config))
+        # nothing is averaged where networks sleep
+        moved = replace(moved, generator_gradient=0.0, critic_gradient=0.0)
+        predicted = simulate(seconds, r, layout, roads["ranks"], moved, teacher_network=roads["teachers"])
+        error = predicted.window_s / measured - 1
+        if generators == critics == 1:
+            shares[str(r)] = efficiency(ideal, measured)
+        cases.append(
+            {
+                "generators": generators, "critics": critics, "r": r, "ideal_s": ideal.window_s,
+                "predicted_s": predicted.window_s, "measured_s": measured, "relative_error": error,
+                "efficiency": efficiency(ideal, measured),
+            }
+        )  # fmt: skip
+        print(
+            f"  {generators} + {critics} ranks, R {r:<3} {measured:.3f} s, ideal {ideal.window_s:.3f} s: "
+            f"{efficiency(ideal, measured):.1%}; predicted {predicted.window_s:.3f} s: {error:+.1%}"
+        )
+    worst = max(abs(case["relative_error"]) for case in cases)
+    print(f"  largest error of a prediction {worst:.1%}")
+    measured_phases = {"pipeline_measured_role_seconds": vars(seconds)}
+    return {
+        "pipeline_efficiency": shares,
+        "pipeline": cases,
+        "pipeline_role_seconds": SLEEP,
+    } | measured_phases
 
 
-def sleeping_windows(settings: dict[str, Any]) -> None:
-    """Windows of this rank with the method's networks replaced by sleep; everything between them is the real thing."""
+def fall_asleep(trainer: Any) -> None:
+    """Replace the networks of whatever roles a rank holds."""
     import torch
 
     from raydistill.methods.method import Losses
-    from raydistill.runtime import ray_train
 
-    ray_train.require_same_teacher = lambda *unused: None
-    config = settings["config"]
-    session = ray_train.TrainSession(config, None, None, settings["teachers"], "")
+    size = trainer.config.train.batch_size
+    mine = size // trainer.world.size
+    zeros = torch.zeros(mine, 4, 8, 8)
 
-    trainer = session.rank(config, normal_samples)
-    zeros = torch.zeros(8, 4, 8, 8)
+    def sleep(phase: str, samples: int) -> None:
+        time.sleep(SLEEP[phase] * samples / size)
 
     def sample(*unused: Any, grad: bool) -> torch.Tensor:
-        time.sleep(SLEEP["sample"])
+        sleep("sample", mine)
         return zeros.clone().requires_grad_(grad)
 
     def backward(x: Any, leaf: Any, losses: Any, micro_batches: int, others_done: Callable[[], None]) -> None:
         others_done()
-        time.sleep(SLEEP["generator_update"])
+        sleep("generator_update", mine)
 
-    def answer(query: Any) -> torch.Tensor:
-        time.sleep(SLEEP["critic_answer"])
+    def answer(phase: str, query: Any) -> torch.Tensor:
+        sleep(phase, len(query.x_t))
         return torch.zeros_like(query.x_t)
 
     def learn(*unused: Any) -> None:
-        time.sleep(SLEEP["critic_update"])
+        sleep("critic_update", mine)
 
     nothing = Losses({"none": torch.zeros(())})
     trainer.method.generator_losses = lambda *unused: nothing
@@ -552,9 +783,39 @@ def sleeping_windows(settings: dict[str, Any]) -> None:
     if "generator" in trainer.parts:
         trainer.generator.sample, trainer.generator.backward = sample, backward
         trainer.generator.step = lambda *unused, **named: {}
-    else:
-        trainer.critic.answer, trainer.critic.backward = answer, learn
+        trainer.teacher.answer = partial(answer, "teacher_answer")  # where it lives elsewhere nobody calls it
+    if "critic" in trainer.parts:
+        trainer.critic.answer, trainer.critic.backward = partial(answer, "critic_answer"), learn
         trainer.critic.step = lambda **named: {}
+
+
+def sleeping_seconds(windows: int) -> RoleSeconds:
+    """The phases of sleeping networks in one process, with what the trainer does around them."""
+    import torch
+
+    from raydistill.runtime.role_times import measure
+    from raydistill.runtime.trainer import Trainer
+
+    torch.set_num_threads(1)
+    trainer = Trainer(bench_config(8, 5), _Alone(), open_reader=normal_samples)  # type: ignore[arg-type]
+    fall_asleep(trainer)
+    trainer.window()
+    return measure(trainer, windows)
+
+
+def sleeping_windows(settings: dict[str, Any]) -> None:
+    """Windows of this rank with the method's networks replaced by sleep; everything between them is the real thing."""
+    import torch
+
+    from raydistill.runtime import ray_train
+
+    ray_train.require_same_teacher = lambda *unused: SimpleNamespace(transport="object_store")
+    config = settings["config"]
+    session = ray_train.TrainSession(config, None, None, settings["teachers"], "")
+
+    trainer = session.rank(config, normal_samples)
+    torch.set_num_threads(1)
+    fall_asleep(trainer)
     last = time.perf_counter()
     for _ in range(settings["windows"]):
         if not trainer.goes_on():
