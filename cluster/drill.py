@@ -221,6 +221,8 @@ class Fault:
 
     name: str
     strike: Callable[[Job, LocalNodes], None]
+    restarts: bool = True
+    """Training starts again from a snapshot."""
     again: bool = False
     """The job is to be submitted again."""
 
@@ -246,8 +248,8 @@ def kill_raylet(job: Job, nodes: LocalNodes) -> None:
 
 
 FAULTS = [
-    Fault("teacher replica", kill_busy("ray::_TeacherActor.answer")),
-    Fault("evaluator", kill_busy("ray::_EvaluatorActor.evaluate")),
+    Fault("teacher replica", kill_busy("ray::_TeacherActor.answer"), restarts=False),
+    Fault("evaluator", kill_busy("ray::_EvaluatorActor.evaluate"), restarts=False),
     Fault("critic rank", kill_rank(1)),
     Fault("generator rank", kill_rank(0)),
     Fault("raylet", kill_raylet),
@@ -317,9 +319,11 @@ def one_fault(nodes: LocalNodes, folder: Path, fault: Fault) -> dict[str, Any]:
     read = len(job.output())
     fault.strike(job, nodes)
     struck = time.monotonic()
-    steps = job.step()
     if fault.again:
         job.submit_again()
+    if fault.restarts:
+        time.sleep(1.0)  # figures of updates that were done before are still on their way to the journal
+    steps = job.step()
     job.wait_until(lambda: job.step() > steps, "an update after the kill")
     seconds = time.monotonic() - struck
     job.finish()
@@ -337,12 +341,13 @@ def one_fault(nodes: LocalNodes, folder: Path, fault: Fault) -> dict[str, Any]:
 
 def what_happened(output: str, resumed: list[int], fault: Fault) -> str:
     """From what the job said."""
+    told = []
     if resumed:
         who = "the job, submitted again, went on" if fault.again else "Ray Train restarted the ranks"
-        return f"{who} from the snapshot of update {resumed[-1]}"
+        told.append(f"{who} from the snapshot of update {resumed[-1]}")
     if lost := len(re.findall(r"teacher replica \S+ was lost", output)):
-        return f"{lost} quer{'y' if lost == 1 else 'ies'} asked of another replica"
-    return "Ray restarted it and repeated its call"
+        told.append(f"{lost} quer{'y' if lost == 1 else 'ies'} asked of another replica")
+    return ", ".join(told) or "Ray restarted it and repeated its call"
 
 
 # ---- service

@@ -59,7 +59,10 @@ class EvaluatorConfig:
     grid_images: int = 8
     """Columns of the picture."""
     threads: int = 2
-    """CPU threads of the evaluator's process; it runs at idle priority and takes what the trainers leave."""
+    """CPU threads of the evaluator's process."""
+    idle_priority: bool = True
+    """Take only what the trainers leave of the CPUs, under Ray; false on a machine that is busy with something else,
+    where nothing would be left."""
     head_start_s: float = 60.0
     """Seconds that training waits at most for the teacher's figure and the first snapshot's, where the evaluator has no
     GPU: beside training they would take many times as long, and slow it down."""

@@ -85,7 +85,8 @@ class _EvaluatorActor:
         self._config = config_from_dict(config)
         self._built: Evaluator | None = None
         torch.set_num_threads(self._config.evaluator.threads)
-        give_way()
+        if self._config.evaluator.idle_priority:
+            give_way()
 
     def evaluate(self, step: int) -> Evaluation:
         if self._built is None:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,12 @@ from raydistill.runtime.teachers import REPORT_S
 
 log = logging.getLogger(__name__)
 
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayDirectTransportError,
+)
+"""What a replica that died leaves behind, before and after its answer."""
 _TELL_S = 60.0
 _NO_REPLICA_POLL_S = 0.2
 
@@ -50,6 +56,7 @@ class TeacherPool:
         *,
         device: torch.device | str = "cpu",
         wire_dtype: wire.WireDtype = "fp32",
+        transport: wire.Transport = "object_store",
         chunk_size: int | None = None,
         timeout_s: float = 300.0,
     ):
@@ -61,6 +68,7 @@ class TeacherPool:
         self._manager = manager
         self._device = device
         self._dtype = wire_dtype
+        self._transport = transport
         self._chunk_size = chunk_size
         self._timeout_s = timeout_s
         self._client = uuid.uuid4().hex
@@ -95,24 +103,43 @@ class TeacherPool:
     def new_key(self) -> str:
         return f"{self._client}/{next(self._keys)}"
 
-    def pack(self, query: Query) -> dict[str, Any]:
-        return wire.pack_query(query, self._dtype)
-
     def call(self, send: Callable[[Any], Any], prefer: str | None = None) -> _Call:
         """Send a call to the least loaded replica, or to the preferred one if it is still there."""
+        unavailable: set[str] = set()
+        while True:
+            self._require_replicas()
+            self._settle()
+            if prefer is None or prefer not in self._replicas:
+                prefer = self._least_loaded(unavailable)
+            if prefer is None:
+                time.sleep(_NO_REPLICA_POLL_S)  # Ray restarts them
+                self._refresh()
+                unavailable.clear()
+                continue
+            try:
+                reference = send(self._replicas[prefer].handle)
+            except _LOST as error:  # with nixl an actor is asked for its transport first
+                self._lost(prefer, error)
+                unavailable.add(prefer)
+                prefer = None
+                continue
+            self._replicas[prefer].out.add(reference)
+            self._exchange_with_manager()
+            return _Call(prefer, reference, send)
+
+    def _require_replicas(self) -> None:
+        told = -_TELL_S
         while not self._replicas:
-            log.warning(
-                "no teacher replica is there yet (placement.cpus_per_teacher, placement.gpus_per_teacher)"
-            )
+            if time.monotonic() - told >= _TELL_S:
+                told = time.monotonic()
+                log.warning(
+                    "waiting for a teacher replica (placement.cpus_per_teacher, placement.gpus_per_teacher)"
+                )
             self._refresh()
-        self._settle()
-        if prefer is None or prefer not in self._replicas:
-            prefer = min(self._replicas, key=lambda name: len(self._replicas[name].out))
-        replica = self._replicas[prefer]
-        reference = send(replica.handle)
-        replica.out.add(reference)
-        self._exchange_with_manager()
-        return _Call(prefer, reference, send)
+
+    def _least_loaded(self, avoid: Set[str]) -> str | None:
+        others = [name for name in self._replicas if name not in avoid]
+        return min(others, key=lambda name: len(self._replicas[name].out), default=None)
 
     def result(self, call: _Call) -> tuple[Any, str]:
         """(the answer, the replica that gave it); asks others if need be. Raises what the teacher raised."""
@@ -129,8 +156,8 @@ class TeacherPool:
                     self._replicas[done.replica].out.discard(done.reference)
                 try:
                     value = get(done.reference)
-                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                    self._lost(done, error)
+                except _LOST as error:
+                    self._lost(done.replica, error)
                     if not calls:
                         calls.append(self._again(call.send, avoid={done.replica}))
                         asked = now
@@ -150,21 +177,20 @@ class TeacherPool:
 
     def _again(self, send: Callable[[Any], Any], avoid: set[str]) -> _Call:
         self._retries += 1
-        others = [name for name in self._replicas if name not in avoid]
-        if others:
-            return self.call(send, min(others, key=lambda name: len(self._replicas[name].out)))
+        if other := self._least_loaded(avoid):
+            return self.call(send, other)
         time.sleep(_NO_REPLICA_POLL_S)  # the only one: Ray restarts it, or the manager has another
         self._refresh()
         return self.call(send)
 
-    def _lost(self, call: _Call, error: Exception) -> None:
+    def _lost(self, replica: str, error: Exception) -> None:
         log.warning(
-            "teacher replica %s was lost, its query is asked again: %s", call.replica, type(error).__name__
+            "teacher replica %s was lost, its query is asked again: %s", replica, type(error).__name__
         )
-        if isinstance(error, ray.exceptions.ActorUnavailableError) and call.replica in self._replicas:
-            self._replicas[call.replica].out.clear()  # Ray restarts it
+        if isinstance(error, ray.exceptions.ActorUnavailableError) and replica in self._replicas:
+            self._replicas[replica].out.clear()  # Ray restarts it
         else:
-            self._replicas.pop(call.replica, None)
+            self._replicas.pop(replica, None)
 
     def _refresh(self) -> None:
         """Ask the manager for the replicas. Raises PlacementError if it was stopped for good."""
@@ -231,13 +257,15 @@ class _Ticket:
         self._pool = pool
         self._query = query
         self._key = pool.new_key()
-        keep, dtype = query.x_t.requires_grad, pool._dtype
+        keep, dtype, transport = query.x_t.requires_grad, pool._dtype, pool._transport
         # put once: a retry sends the reference
-        self._packed = packed = ray.put(pool.pack(query))
+        self._packed = packed = wire.put(wire.pack_query(query, dtype, transport), transport)
         key = (
             self._key
         )  # the call must not hold its ticket: the query would stay in the store until a cycle is found
-        self._call: _Call | None = pool.call(lambda replica: replica.answer.remote(packed, key, keep, dtype))
+        self._call: _Call | None = pool.call(
+            lambda replica: wire.returning(replica.answer, transport).remote(packed, key, keep, dtype)
+        )
         self._answered_by: str | None = None
 
     def answer(self) -> Tensor:
@@ -255,16 +283,17 @@ class _Ticket:
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Gradient of <answer, cotangent> with respect to x_t, from the kept graph or from a second forward pass."""
-        dtype = self._pool._dtype
-        sent = ray.put(wire.pack(cotangent, dtype))
-        pool = self._pool
-        first = pool.call(
-            lambda replica: replica.vjp.remote(None, self._key, sent, dtype), prefer=self._answered_by
-        )
+        pool, key = self._pool, self._key
+        dtype, transport = pool._dtype, pool._transport
+        sent = wire.put(wire.pack(cotangent, dtype, transport), transport)
+
+        def ask(replica: Any, packed: Any) -> Any:
+            return wire.returning(replica.vjp, transport).remote(packed, key, sent, dtype)
+
+        first = pool.call(lambda replica: ask(replica, None), prefer=self._answered_by)
         value, replica = pool.result(first)
-        if value is None:
-            again = pool.call(lambda r: r.vjp.remote(self._packed, self._key, sent, dtype), prefer=replica)
-            value, _ = pool.result(again)
+        if not len(value):
+            value, _ = pool.result(pool.call(lambda replica: ask(replica, self._packed), prefer=replica))
         return wire.unpack(value, pool._device)
 
 

@@ -69,13 +69,14 @@ class TrainSession:
     def scorer(self, pipeline: TextToImage) -> Scorer | None:
         if self._teachers is None:
             return None
-        require_same_teacher(self._config, self._teachers, pipeline.fingerprint)
+        spec = require_same_teacher(self._config, self._teachers, pipeline.fingerprint)
         placement = self._config.placement
         return TeacherPool(
             self._teachers,
             pipeline.denoiser,
             device=self.device,
             wire_dtype=placement.wire_dtype,
+            transport=spec.transport,
             chunk_size=placement.teacher_chunk_size,
             timeout_s=placement.teacher_timeout_s,
         )

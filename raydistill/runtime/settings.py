@@ -122,6 +122,8 @@ class PlacementConfig:
     """Replicas that the teacher pool begins with and never falls below."""
     max_teacher_replicas: int = 0
     """Replicas up to which the pool grows while queries wait; 0: as many as it begins with."""
+    teacher_idle_s: float = 30.0
+    """Seconds after which a pool that has more replicas than it needs ends one."""
     cpus_per_teacher: float = 0.0
     """CPUs that a teacher replica reserves, and its threads (one at least); 0 takes none from the workers' share, so
     that a machine of two cores has room."""
@@ -137,6 +139,9 @@ class PlacementConfig:
     again."""
     teacher_timeout_s: float = 300.0
     """After which a query is also asked of another replica."""
+    teacher_transport: Literal["auto", "object_store", "nixl"] = "auto"
+    """How samples and answers travel between workers and teachers: nixl from GPU to GPU (pip install
+    'raydistill[gpu]'), object_store through the hosts' memory; auto: nixl where both have GPUs and it is installed."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     """Samples and answers between workers and teachers; bf16 halves the traffic and changes the numbers."""
     max_failures: int = 3
@@ -193,7 +198,7 @@ RESUMABLE_CHANGES = (
     "resume", "output_dir", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
     "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
-    "evaluator.threads", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
+    "evaluator.threads", "evaluator.idle_priority", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
 train.generator_updates, if learning rates don't depend on it."""
@@ -270,7 +275,7 @@ def _validate_placement(placement: PlacementConfig) -> None:
     ):  # fmt: skip
         if getattr(placement, name) < 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must not be negative")
-    for name in ("teacher_replicas", "teacher_timeout_s", "teacher_kept_graphs"):
+    for name in ("teacher_replicas", "teacher_timeout_s", "teacher_idle_s", "teacher_kept_graphs"):
         if getattr(placement, name) <= 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must be positive")
     if placement.teacher_chunk_size is not None and placement.teacher_chunk_size < 1:

@@ -36,7 +36,6 @@ NAMESPACE = "raydistill"
 _SERVICE = "teacher_service/"
 REPORT_S = 1.0
 """Seconds between a client's reports to the manager."""
-_SHRINK_AFTER_S = 30.0
 _FIRST_REPLICA_S = 5.0
 _CONNECT_S = 5.0
 
@@ -50,10 +49,12 @@ class PoolSpec:
     path: str
     minimum: int
     maximum: int
+    idle_s: float
     cpus: float
     gpus: float
     kept_graphs: int
     compile: bool
+    transport: wire.Transport
 
 
 def teacher_identity(config: RunConfig, fingerprint: str) -> str:
@@ -70,8 +71,6 @@ class _TeacherActor:
     ):
         self._built: tuple[KeptGraphs, torch.device] | None = None
         self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
-        if not spec.gpus:
-            torch.set_num_threads(max(1, int(spec.cpus)))
 
     def ready(self) -> None:
         """Answers when the process is there."""
@@ -79,6 +78,8 @@ class _TeacherActor:
     def _service(self) -> tuple[KeptGraphs, torch.device]:
         # built by the first call, not by the constructor, so that a failure reaches the caller as itself
         if self._built is None:
+            if not self._spec.gpus:
+                torch.set_num_threads(max(1, int(self._spec.cpus)))  # of this thread, which answers
             device = pick_device(self._spec.gpus, "placement.gpus_per_teacher")
             denoiser = self._parts.build(wire.shared_weights(self._weights)).to(device)
             if self._spec.compile:
@@ -89,28 +90,29 @@ class _TeacherActor:
 
     def answer(self, packed: Mapping[str, Any], key: str, keep: bool, dtype: wire.WireDtype) -> Any:
         service, device = self._service()
-        return wire.pack(service.answer(wire.unpack_query(packed, device, differentiable=keep), key), dtype)
+        answer = service.answer(wire.unpack_query(packed, device, differentiable=keep), key)
+        return wire.pack(answer, dtype, self._spec.transport)
 
-    def vjp(
-        self, packed: Mapping[str, Any] | None, key: str, cotangent: Any, dtype: wire.WireDtype
-    ) -> Any | None:
-        """Without `packed` None where the graph is gone: the caller then asks again with it."""
+    def vjp(self, packed: Mapping[str, Any] | None, key: str, cotangent: Any, dtype: wire.WireDtype) -> Any:
+        """Without `packed` an empty one where the graph is gone: the caller then asks again with it."""
         service, device = self._service()
         if packed is not None:
             service.answer(wire.unpack_query(packed, device, differentiable=True), key)
         gradient = service.vjp(key, wire.unpack(cotangent, device))
-        return None if gradient is None else wire.pack(gradient, dtype)
+        return wire.pack(torch.empty(0) if gradient is None else gradient, dtype, self._spec.transport)
 
 
-def wanted_replicas(now: int, outstanding: int, idle_s: float, minimum: int, maximum: int) -> int:
-    """How many replicas there should be: one more while queries wait two deep, one less after half a minute's rest.
+def wanted_replicas(
+    now: int, outstanding: int, idle_s: float, *, minimum: int, maximum: int, rest_s: float
+) -> int:
+    """How many replicas there should be: one more while queries wait two deep, one less after `rest_s` of rest.
 
     outstanding: queries asked and not answered; idle_s: time since there were more of them than one replica less
     could serve at once.
     """
     if outstanding > 2 * now:
         now += 1
-    elif idle_s > _SHRINK_AFTER_S:
+    elif idle_s > rest_s:
         now -= 1
     return min(max(now, minimum), maximum)
 
@@ -181,7 +183,10 @@ class _PoolManager:
         if outstanding >= len(self._replicas):
             self._busy_at = now
         count = len(self._replicas) + len(self._starting)
-        wanted = wanted_replicas(count, outstanding, now - self._busy_at, spec.minimum, spec.maximum)
+        wanted = wanted_replicas(
+            count, outstanding, now - self._busy_at,
+            minimum=spec.minimum, maximum=spec.maximum, rest_s=spec.idle_s,
+        )  # fmt: skip
         if wanted != count:
             self._busy_at = now
         if wanted > count:
@@ -206,10 +211,15 @@ class _PoolManager:
             path=config.teacher.path,
             minimum=placement.teacher_replicas,
             maximum=max(placement.teacher_replicas, placement.max_teacher_replicas),
+            idle_s=placement.teacher_idle_s,
             cpus=placement.cpus_per_teacher,
             gpus=placement.gpus_per_teacher,
             kept_graphs=placement.teacher_kept_graphs,
             compile=config.train.compile,
+            transport=wire.choose_transport(
+                placement.teacher_transport,
+                all_on_gpus=placement.gpus_per_worker > 0 and placement.gpus_per_teacher > 0,
+            ),
         )
         for _ in range(spec.minimum):
             self._add(spec)
@@ -217,14 +227,20 @@ class _PoolManager:
 
     def _add(self, spec: PoolSpec) -> None:
         assert self._args is not None
-        options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "max_restarts": -1, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": spec.cpus, "num_gpus": spec.gpus}
+        options |= {"max_restarts": -1, "max_task_retries": 0}
         # soft: where that node has gone since, any other does
         options["scheduling_strategy"] = (
             NodeAffinitySchedulingStrategy(self._nodes.pop(0), soft=True) if self._nodes else "SPREAD"
         )
         # a name that no replica had before, also of a manager that was here before this one
         name = uuid.uuid4().hex[:8]
-        handle = ray.remote(_TeacherActor).options(**options).remote(*self._args, spec)
+        direct = spec.transport == "nixl"
+        handle = (
+            ray.remote(enable_tensor_transport=direct)(_TeacherActor)
+            .options(**options)
+            .remote(*self._args, spec)
+        )
         self._starting[name] = handle, handle.ready.remote()
 
 
@@ -256,9 +272,9 @@ def start_pool(config: RunConfig, nodes: Sequence[str] = ()) -> Any:
     return manager
 
 
-def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> None:
-    """Raise PlacementError if the pool serves another teacher than this run's."""
-    spec = get(manager.spec.remote())
+def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> PoolSpec:
+    """What the pool serves. Raises PlacementError if it is another teacher than this run's."""
+    spec: PoolSpec = get(manager.spec.remote())
     mine = teacher_identity(config, fingerprint)
     if spec.identity != mine:
         raise PlacementError(
@@ -267,6 +283,7 @@ def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> N
             "placement.teacher_service, or the same teacher.path, teacher.dtype, teacher.prediction and "
             "train.channels_last"
         )
+    return spec
 
 
 def join_cluster() -> None:

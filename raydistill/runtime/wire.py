@@ -1,46 +1,86 @@
 """How tensors travel to and from services. One file decides.
 
-Through Ray's object store they go as numpy arrays, whose buffers are shared memory on a node (four times faster than
-torch tensors, ray.md 2.3) and arrive read-only; bf16 goes as uint16, which numpy knows.
+    object_store   as numpy arrays through Ray's object store: shared memory on a node, four times faster than torch
+                   tensors (measured for the design). They arrive read-only; bf16 goes as uint16, which numpy knows
+    nixl           as tensors, from device to device, through Ray's direct transport; the store holds references only
+
+Between ranks tensors go through torch.distributed (`raydistill.runtime.lanes`): NCCL on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
+from raydistill.errors import PlacementError
 from raydistill.methods.method import Query
 from raydistill.models.denoiser import DTYPES, Cond
 
 WireDtype = Literal["fp32", "bf16"]
+Transport = Literal["object_store", "nixl"]
 
 
-def pack(tensor: Tensor, dtype: WireDtype = "fp32") -> np.ndarray:
-    """A tensor of any device as an array that travels; bf16 as the uint16 of the same bits."""
+def choose_transport(setting: Literal["auto", "object_store", "nixl"], *, all_on_gpus: bool) -> Transport:
+    """What a pool and its clients use: with `auto` nixl where both ends are GPUs and the package is there.
+
+    Raises PlacementError if nixl is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("nixl") is not None
+    if setting == "nixl" and not installed:
+        raise PlacementError(
+            "placement.teacher_transport=nixl needs the nixl package in every process: pip install 'raydistill[gpu]', "
+            "or placement.teacher_transport=object_store"
+        )
+    if setting == "auto":
+        return "nixl" if all_on_gpus and installed else "object_store"
+    return setting
+
+
+def put(value: Any, transport: Transport) -> Any:
+    """A reference to a packed value; its tensors must not be written to while it is there."""
+    return ray.put(value, _tensor_transport="nixl") if transport == "nixl" else ray.put(value)
+
+
+def returning(method: Any, transport: Transport) -> Any:
+    """An actor's method whose packed answer goes that way."""
+    return method.options(tensor_transport="nixl") if transport == "nixl" else method
+
+
+def pack(
+    tensor: Tensor, dtype: WireDtype = "fp32", transport: Transport = "object_store"
+) -> np.ndarray | Tensor:
+    """A tensor of any device as it travels; an array of bf16 as the uint16 of the same bits."""
+    if transport == "nixl":
+        return tensor.detach().to(DTYPES[dtype]).contiguous()
     host = tensor.detach().to("cpu", DTYPES[dtype])
     return (host.view(torch.uint16) if dtype == "bf16" else host).contiguous().numpy()
 
 
-def unpack(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+def unpack(array: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """What `pack` was given, as float32 and writable."""
+    if isinstance(array, Tensor):
+        # a copy: the sender's memory may be reused, and a CPU's kernels round by how memory is aligned
+        return array.to(device, torch.float32, copy=True)
     host = torch.from_numpy(array.copy())
     return (host.view(torch.bfloat16) if array.dtype == np.uint16 else host).to(device, torch.float32)
 
 
-def pack_query(query: Query, dtype: WireDtype) -> dict[str, Any]:
+def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_store") -> dict[str, Any]:
     """A query as it travels; noise levels stay exact."""
     return {
         "want": query.want,
         "guidance_scale": query.guidance_scale,
-        "x_t": pack(query.x_t, dtype),
-        "t": pack(query.t),
-        "cond": {name: pack(tensor, dtype) for name, tensor in query.cond.tensors.items()},
+        "x_t": pack(query.x_t, dtype, transport),
+        "t": pack(query.t, "fp32", transport),
+        "cond": {name: pack(tensor, dtype, transport) for name, tensor in query.cond.tensors.items()},
     }
 
 

@@ -180,6 +180,60 @@ def test_replica_killed_over_its_query_costs_nothing(manager: Any, local: Teache
     assert torch.equal(pool.submit(asked).answer(), expected)
 
 
+def test_direct_transport_carries_the_same_answers_and_gradients_and_outlives_a_replica(
+    cluster: str, local: TeacherScorer
+) -> None:
+    # nixl on CPUs: the code is that of GPUs, the road between them is another
+    manager = start_pool(scenes(teacher_replicas=2, teacher_transport="nixl", teacher_kept_graphs=1))
+    assert ray.get(manager.spec.remote()).transport == "nixl"
+    pool = client(manager, local, transport="nixl")
+    asked = query()
+    assert torch.equal(pool.submit(asked).answer(), local.answer(asked))
+    gradients = []
+    for scorer in (local, pool):
+        x = query(4).x_t.clone().requires_grad_()
+        # x_t is a node of its own, so that the network's uses of it are added up before the loss's own use of x
+        pending = scorer.submit(replace(query(4), x_t=0.6 * x))
+        if scorer is pool:  # pushed out of both replicas, so that it is computed again
+            for other in [pool.submit(query(1, grad=True)) for _ in range(4)]:
+                other.answer()
+        sid_loss(x, pending.answer(), 0.5 * x).backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    rounded = client(manager, local, transport="nixl", wire_dtype="bf16").submit(asked).answer()
+    assert torch.allclose(rounded, local.answer(asked), atol=0.05)
+    assert not torch.equal(rounded, local.answer(asked))
+    pending = [pool.submit(asked) for _ in range(6)]
+    ray.wait([pending[0]._call.reference])  # type: ignore[union-attr]
+    for handle in ray.get(manager.handles.remote()).values():  # one has an answer that nobody has fetched
+        ray.kill(handle, no_restart=False)
+    for each in pending:
+        assert torch.equal(each.answer(), local.answer(asked))
+    assert pool.figures()["teacher/retries"] > 0
+    ray.kill(manager)
+
+
+@pytest.mark.parametrize(
+    ("setting", "all_on_gpus", "chosen"),
+    [
+        ("auto", False, "object_store"),
+        ("auto", True, "nixl"),
+        ("object_store", True, "object_store"),
+        ("nixl", False, "nixl"),
+    ],
+)
+def test_transport_is_direct_where_both_ends_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, all_on_gpus: bool, chosen: str
+) -> None:
+    assert wire.choose_transport(setting, all_on_gpus=all_on_gpus) == chosen
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if setting == "nixl":
+        with pytest.raises(PlacementError, match=r"placement\.teacher_transport=nixl needs the nixl package"):
+            wire.choose_transport(setting, all_on_gpus=all_on_gpus)
+    else:
+        assert wire.choose_transport(setting, all_on_gpus=all_on_gpus) == "object_store"
+
+
 def test_manager_killed_is_started_again_with_new_replicas(cluster: str, local: TeacherScorer) -> None:
     manager = start_pool(scenes())
     pool = client(manager, local)
@@ -216,20 +270,28 @@ def test_manager_killed_is_started_again_with_new_replicas(cluster: str, local: 
     ],
 )
 def test_policy_of_growing_and_shrinking(now: int, outstanding: int, idle_s: float, wanted: int) -> None:
-    assert wanted_replicas(now, outstanding, idle_s, minimum=1, maximum=4) == wanted
+    assert wanted_replicas(now, outstanding, idle_s, minimum=1, maximum=4, rest_s=30.0) == wanted
 
 
-def test_pool_grows_while_queries_wait(cluster: str, local: TeacherScorer) -> None:
-    manager = start_pool(scenes(teacher_replicas=1, max_teacher_replicas=2))
+def test_pool_grows_while_queries_wait_and_shrinks_though_nobody_reports(
+    cluster: str, local: TeacherScorer
+) -> None:
+    manager = start_pool(scenes(teacher_replicas=1, max_teacher_replicas=2, teacher_idle_s=3.0))
     pool = client(manager, local)
-    pending = []
-    deadline = time.monotonic() + 60
-    while len(ray.get(manager.handles.remote())) < 2 and time.monotonic() < deadline:
-        pending += [pool.submit(query(6)) for _ in range(8)]
-        time.sleep(0.1)
-    assert len(ray.get(manager.handles.remote())) == 2
     expected = local.answer(query(6))
+    pending: list[Any] = []
+    deadline = time.monotonic() + 120
+    while len(ray.get(manager.handles.remote())) < 2 and time.monotonic() < deadline:
+        pending += [pool.submit(query(6)) for _ in range(2)]
+        while len(pending) > 12:  # enough to wait in line, few enough to be answered soon
+            assert torch.equal(pending.pop(0).answer(), expected)
+    assert len(ray.get(manager.handles.remote())) == 2
     assert all(torch.equal(each.answer(), expected) for each in pending)
+    deadline = time.monotonic() + 30  # the pool's only client is silent from here on
+    while len(ray.get(manager.handles.remote())) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(ray.get(manager.handles.remote())) == 1
+    assert torch.equal(pool.submit(query(6)).answer(), expected)  # by the one that is left
     ray.kill(manager)
 
 

@@ -219,7 +219,10 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
 def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
     whole: Path, output_dir: Path
 ) -> None:
-    overrides = settings(output_dir, "kill_ray", "placement.session=ray", "placement.cpus_per_worker=1")
+    overrides = settings(
+        output_dir, "kill_ray", "placement.session=ray", "placement.cpus_per_worker=1",
+        "evaluator.idle_priority=false",
+    )  # fmt: skip
     process = job(*overrides)
     folder = output_dir / "kill_ray"
     wait_for(process, lambda: 2 in Snapshots(str(folder / "snapshots"), keep=1).steps())
@@ -271,18 +274,32 @@ def test_divergence_under_ray_ends_with_one_line_that_names_the_setting_and_a_wh
     assert Snapshots(str(output_dir / "diverges_under_ray" / "replay"), keep=1).latest() is not None
 
 
-def kill_actor(process: "subprocess.Popen[str]", title: str) -> None:
-    """SIGKILL to the first of the job's processes whose title holds these words, once there is one."""
+def kill_process_of(nodes: "subprocess.Popen[str]", title: str) -> None:
+    """SIGKILL to the first of the cluster's processes whose title holds these words, once there is one."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        for child in psutil.Process(process.pid).children(recursive=True):
+    while time.monotonic() < deadline:
+        for child in psutil.Process(nodes.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if title in " ".join(child.cmdline()):
                     child.kill()
                     return
         time.sleep(0.02)
-    process.kill()
-    pytest.fail(f"no process {title} appeared:\n{process.communicate()[0]}")
+    pytest.fail(f"no process {title} appeared")
+
+
+@pytest.fixture
+def three_raylets() -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A cluster of three raylets, the head without CPUs; its process and its address."""
+    nodes = subprocess.Popen(
+        [sys.executable, str(ROOT / "cluster" / "local_nodes.py"), "--nodes", "3", "--cpus", "2"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert nodes.stdout is not None
+    address = re.search(r"RAY_ADDRESS=(\S+)", nodes.stdout.readline())
+    assert address is not None
+    yield nodes, address[1]
+    nodes.terminate()
+    nodes.wait(60)
 
 
 def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> None:
@@ -292,26 +309,45 @@ def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> Non
 
 
 @pytest.mark.ray
-def test_evaluator_tracker_teacher_and_rank_may_be_killed_and_no_figure_is_lost_or_doubled(
-    whole: Path, output_dir: Path
+def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubled_or_changed(
+    whole: Path, output_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
 ) -> None:
+    """Roles apart on three raylets: the figures and weights are those of the undisturbed run in one process."""
+    nodes, address = three_raylets
     process = job(
         *settings(output_dir, "deaths", "placement.session=ray", "placement.cpus_per_worker=1"),
-        "placement.mode=teachers", "placement.cpus_per_teacher=0", "placement.teacher_replicas=2",
+        "placement.mode=disaggregated", "placement.workers=2", "placement.critic_ranks=1",
+        "placement.teacher_replicas=2", "evaluator.idle_priority=false",
+        RAY_ADDRESS=address,
     )  # fmt: skip
     folder = output_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
     wait_for(process, lambda: 0 in snapshots.steps())
-    kill_actor(process, "ray::_EvaluatorActor")
-    kill_actor(process, "ray::_TeacherActor")
+    raylet = next(
+        child.parent()
+        for child in psutil.Process(nodes.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    )
+    assert raylet is not None
+    assert "raylet" in raylet.name()
+    kill_process_of(nodes, "ray::_EvaluatorActor")
+    kill_process_of(nodes, "ray::_TeacherActor")
     wait_for(process, lambda: 2 in snapshots.steps())
-    kill_actor(process, "ray::_TrackerActor")
+    kill_process_of(nodes, "ray::_TrackerActor")
     wait_for(process, lambda: 4 in snapshots.steps())
-    kill_actor(process, "RayTrainWorker")
+    raylet.kill()  # and everything that it started, both ranks among it
     output = finish(process, timeout_s=400)
     assert "resumed from" in output
+    assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
     same_under_ray(points(folder), points(whole))
     assert mlflow_steps(output_dir, "deaths") == [1, 2, 3, 4, 5, 6]
+    newest = Snapshots(str(folder / "snapshots"), keep=1).latest()
+    reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
+    assert newest is not None
+    assert reference is not None
+    for role in ("generator", "critic"):
+        for name, tensor in reference.part(role)[0].items():
+            assert torch.equal(newest.part(role)[0][name], tensor), name
 
 
 @pytest.mark.ray
@@ -334,28 +370,6 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
     manifest = Snapshots(str(output_dir / "two_workers" / "snapshots"), keep=1).latest()
     assert manifest is not None
     assert manifest.manifest["world_size"] == 2
-
-
-@pytest.mark.ray
-def test_roles_apart_under_ray_give_the_figures_and_weights_of_one_process(
-    whole: Path, output_dir: Path
-) -> None:
-    overrides = settings(
-        output_dir, "apart", "placement.session=ray", "placement.mode=disaggregated", "placement.workers=2",
-        "placement.cpus_per_worker=1", "placement.cpus_per_teacher=0",
-    )  # fmt: skip
-    output = finish(job(*overrides), timeout_s=400)
-    assert output.splitlines()[-1] == f"summary: {output_dir}/apart/summary.json"
-    same_under_ray(points(output_dir / "apart"), points(whole))
-    assert mlflow_steps(output_dir, "apart") == [1, 2, 3, 4, 5, 6]
-    # its snapshots are those of any other placement, which may go on from them
-    newest = Snapshots(str(output_dir / "apart" / "snapshots"), keep=1).latest()
-    reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
-    assert newest is not None
-    assert reference is not None
-    for role in ("generator", "critic"):
-        for name, tensor in reference.part(role)[0].items():
-            assert torch.equal(newest.part(role)[0][name], tensor), name
 
 
 @pytest.mark.ray
