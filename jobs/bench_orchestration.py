@@ -15,8 +15,8 @@ Prints, with medians of interleaved rounds:
     pool         queries per second of 1 to 8 sleeping replicas, against so many times one replica's
 
 Each process has --threads threads, one by default: what is measured is the orchestration, and a step with a thread for
-each core waits at every operation for the thread whose core one of Ray's idle processes took. That ratio is printed
-too.
+each core would wait at every operation for the thread whose core one of Ray's idle processes took. The ratio with as
+many threads as cores is printed too.
 """
 
 from __future__ import annotations
@@ -230,8 +230,9 @@ class _Turns:
     async def count(self, name: str, counts: dict[str, float]) -> None:
         self._counts[name] = self._counts.get(name, {}) | counts
 
-    async def done(self, name: str, seconds: float) -> None:
+    async def done(self, name: str, seconds: float, cpu_seconds: float = 0.0) -> None:
         self._seconds.setdefault(name, []).append(seconds)
+        self._seconds.setdefault(f"{name} cpu", []).append(cpu_seconds)
         async with self._changed:
             self._over = self._turn[0]
             self._changed.notify_all()
@@ -254,13 +255,15 @@ class _Alone:
         return None
 
 
-def timed(function: Callable[[], Any], threads: int) -> float:
+def timed(function: Callable[[], Any], threads: int = 0) -> tuple[float, float]:
+    """Seconds, and this thread's on a processor: of one thread's work, what others on the machine can't lengthen."""
     import torch
 
-    torch.set_num_threads(threads)
-    started = time.perf_counter()
+    if threads:
+        torch.set_num_threads(threads)
+    started, began = time.perf_counter(), time.thread_time()
     function()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.thread_time() - began
 
 
 def without_ray(rounds: int, config: RunConfig, threads: list[int]) -> dict[str, Any]:
@@ -273,7 +276,7 @@ def without_ray(rounds: int, config: RunConfig, threads: list[int]) -> dict[str,
     for number in range(rounds + 2):
         for count in threads:
             for name, update in parts.items():
-                seconds.setdefault(f"{name}/{count}", []).append(timed(update, count))
+                seconds.setdefault(f"{name}/{count}", []).append(timed(update, count)[0])
         show_progress(f"without Ray {number + 1}/{rounds + 2}")
     found = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     print(f"one update before Ray runs, median of {rounds} interleaved rounds:")
@@ -309,6 +312,14 @@ def updates(rounds: int, batch: int, ratio: int, threads: int, roads: dict[str, 
         "update_s": second.medians(),
         "forward_passes": first.counts | second.counts,
     }
+    if threads == 1:
+        results["update_cpu_s"] = {
+            name: first.median(f"{name} cpu") for name in ("bare", "inline", "colocated")
+        }
+        results["colocated_over_bare_cpu"] = first.median("colocated cpu") / first.median("bare cpu")
+        print(
+            f"  colocated {results['colocated_over_bare_cpu']:.3f} x bare by the thread's own time on a core"
+        )
     results["update_s"] |= first.medians() | {"bare_beside_teachers_and_apart": second.median("bare")}
     for part, names in ((first, ["inline", "colocated"]), (second, ["teachers", "apart"])):
         for name in names:
@@ -317,8 +328,8 @@ def updates(rounds: int, batch: int, ratio: int, threads: int, roads: dict[str, 
         key = f"colocated_over_bare_{count}_threads"
         results[key] = first.median("colocated", count) / first.median("bare", count)
         print(
-            f"  with {count} threads bare {first.median('bare', count):.3f} s, colocated {results[key]:.3f} x bare: no "
-            "core is left for Ray's own processes, and every operation waits for the thread whose core they took"
+            f"  with {count} threads, which leave no core to Ray's own processes: bare "
+            f"{first.median('bare', count):.3f} s, colocated {results[key]:.3f} x bare"
         )
     phases = {"first": first.phases(), "second": second.phases()}
     results["role_seconds"] = {name: vars(each) for name, each in phases.items()}
@@ -402,11 +413,11 @@ class Rounds:
             for number in range(rounds + warm):
                 for count in sorted({1, *threads}):
                     torch.set_num_threads(count)
-                    row = window_phases(self._inline, phases)
-                    self._phases.setdefault(count, []).append(row)
-                    self._add("inline", count, row.window(r))
+                    rows = self._phases.setdefault(count, [])
+                    _, cpu = timed(lambda: rows.append(window_phases(self._inline, phases)))  # noqa: B023
+                    self._add("inline", count, rows[-1].window(r), cpu)
                 for count in threads:
-                    self._add("bare", count, timed(self._bare.update, count))
+                    self._add("bare", count, *timed(self._bare.update, count))
                     for name in placements:
                         turn = turns.give.remote(name, count)
                         while not ray.wait([turn], timeout=5.0)[0]:
@@ -418,14 +429,15 @@ class Rounds:
             fit.join(60)
         measured, counts = ray.get(turns.results.remote())
         self.counts |= counts
-        for name, seconds in measured.items():
-            mine = [each for each in order if each.startswith(f"{name}/")]
-            for key, took in zip(mine, seconds, strict=True):
-                self._seconds.setdefault(key, []).append(took)
+        for name in placements:
+            mine = [int(each.partition("/")[2]) for each in order if each.startswith(f"{name}/")]
+            for count, took, cpu in zip(mine, measured[name], measured[f"{name} cpu"], strict=True):
+                self._add(name, count, took, cpu)
         self._warm, self._names = warm, ["bare", "inline", *placements]
 
-    def _add(self, name: str, threads: int, seconds: float) -> None:
+    def _add(self, name: str, threads: int, seconds: float, cpu_seconds: float) -> None:
         self._seconds.setdefault(f"{name}/{threads}", []).append(seconds)
+        self._seconds.setdefault(f"{name} cpu/{threads}", []).append(cpu_seconds)
 
     def _require_alive(self, fits: list[threading.Thread]) -> None:
         if not all(fit.is_alive() for fit in fits):
@@ -448,8 +460,11 @@ class Rounds:
             of = self.counts.get(name, {})
             passes = ", ".join(f"{role} {count:g}" for role, count in sorted(of.items()))
             seconds = self.median(name)
+            # a placement's own thread waits for others; a step of several threads computes in them too
+            whole = self.threads == 1 and name in ("bare", "inline", "colocated")
+            cpu = f", {self.median(f'{name} cpu'):.3f} s on a core" if whole else ""
             print(
-                f"  {name:<10} {self.threads} thread(s) {seconds:.3f} s   {seconds / bare:.3f} x bare"
+                f"  {name:<10} {self.threads} thread(s) {seconds:.3f} s   {seconds / bare:.3f} x bare{cpu}"
                 + (f"   forward passes: {passes}" if passes else "")
             )
 
@@ -531,17 +546,13 @@ def turn_worker(settings: dict[str, Any]) -> None:
     number = 0
     while turn := ray.get(turns.next_turn.remote(name, number)):
         number, threads = turn
-        torch.set_num_threads(threads)
         session.world.barrier()
         with counting(networks, config.train.batch_size) as counts:
-            started = time.perf_counter()
-            if trainer.goes_on():
-                trainer.window()
-            seconds = time.perf_counter() - started
+            seconds, cpu = timed(lambda: trainer.goes_on() and trainer.window(), threads)
         ray.get(turns.count.remote(name, counts))
         session.world.barrier()
         if session.world.rank == 0:
-            ray.get(turns.done.remote(name, seconds))
+            ray.get(turns.done.remote(name, seconds, cpu))
         session.world.barrier()
 
 

@@ -46,7 +46,7 @@ def test_a_turn_is_taken_by_whose_it_is_and_over_when_he_says_so(bench: ModuleTy
                 number, threads = turn
                 taken.append((name, threads))
                 await asyncio.sleep(0.01)
-                await turns.done(name, 0.5)
+                await turns.done(name, 0.5, 0.25)
 
         parts = [asyncio.create_task(part(name)) for name in ("a", "b")]
         for name, threads in (("a", 1), ("b", 1), ("b", 2), ("a", 2)):
@@ -55,7 +55,8 @@ def test_a_turn_is_taken_by_whose_it_is_and_over_when_he_says_so(bench: ModuleTy
             assert taken[before:] == [(name, threads)]
         await turns.end()
         await asyncio.wait_for(asyncio.gather(*parts), 5)
-        assert (await turns.results())[0] == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
+        seconds = {"a": [0.5, 0.5], "b": [0.5, 0.5], "a cpu": [0.25, 0.25], "b cpu": [0.25, 0.25]}
+        assert (await turns.results())[0] == seconds
 
     asyncio.run(play())
 
