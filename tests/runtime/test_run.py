@@ -45,6 +45,7 @@ SMALL = [
     "checkpoint.keep=10", "placement.workers=1", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
     "method.gan_weight_critic=0.03",
 ]  # fmt: skip
+ROLES_APART = ["placement.mode=disaggregated", "placement.workers=2", "placement.cpus_per_worker=1"]
 CHANGES_WITH_THE_CLOCK = (
     "time/",
     "throughput/",
@@ -264,14 +265,17 @@ def test_divergence_under_ray_ends_with_one_line_that_names_the_setting_and_a_wh
     whole: Path, output_dir: Path
 ) -> None:
     bad = settings(
-        output_dir, "diverges_under_ray", "placement.session=ray", "placement.workers=2",
+        output_dir, "diverges_under_ray", "placement.session=ray", *ROLES_APART,
         "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false",
     )  # fmt: skip
     process = job(*bad)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert re.search(r"raydistill: error: .*non-finite .*\.lr, now", output)
-    assert Snapshots(str(output_dir / "diverges_under_ray" / "replay"), keep=1).latest() is not None
+    replays = list((output_dir / "diverges_under_ray" / "replay").iterdir())  # of the role that failed first
+    assert replays
+    for folder in replays:
+        assert Snapshots(str(folder), keep=1).latest() is not None
 
 
 def kill_process_of(nodes: "subprocess.Popen[str]", title: str) -> None:
@@ -315,9 +319,8 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
     """Roles apart on three raylets: the figures and weights are those of the undisturbed run in one process."""
     nodes, address = three_raylets
     process = job(
-        *settings(output_dir, "deaths", "placement.session=ray", "placement.cpus_per_worker=1"),
-        "placement.mode=disaggregated", "placement.workers=2", "placement.critic_ranks=1",
-        "placement.teacher_replicas=2", "evaluator.idle_priority=false",
+        *settings(output_dir, "deaths", "placement.session=ray"),
+        *ROLES_APART, "placement.teacher_replicas=2", "evaluator.idle_priority=false",
         RAY_ADDRESS=address,
     )  # fmt: skip
     folder = output_dir / "deaths"
@@ -375,14 +378,19 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
 @pytest.mark.ray
 def test_sigterm_under_ray_writes_a_snapshot_first(output_dir: Path) -> None:
     never = ["checkpoint.every=1000", "evaluator.enabled=false", "train.generator_updates=400"]
-    process = job(*settings(output_dir, "stopped_ray", "placement.session=ray", *never))
+    process = job(*settings(output_dir, "stopped_ray", "placement.session=ray", *ROLES_APART, *never))
     journal = output_dir / "stopped_ray" / "metrics.jsonl"
     wait_for(process, lambda: journal.exists() and '"loss/dm"' in journal.read_text())
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "the same command goes on from its snapshot" in output
-    assert Snapshots(str(output_dir / "stopped_ray" / "snapshots"), keep=1).steps()[-1] > 0
+    snapshots = Snapshots(str(output_dir / "stopped_ray" / "snapshots"), keep=1)
+    assert snapshots.steps()[-1] > 0
+    newest = snapshots.latest()
+    assert newest is not None
+    for role in ("generator", "critic"):  # each written by its own rank, at the same update
+        assert newest.part(role)[0]
 
 
 def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: Path) -> None:
