@@ -194,7 +194,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         for number, of_them in zip(devices, teachers * (len(devices) // len(teachers)), strict=True)
     ]
     print(f"\non {', '.join(map(str, devices))} devices:")
-    print(table(config, found, arguments.device_gib, times, net))
+    print(table(config, found, arguments.device_gib or config.placement.device_gib, times, net))
     return 0
 
 
@@ -364,7 +364,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     replicas = "teacher replicas of them, one number or one for each of --devices (1)"
     plan.add_argument("--teachers", type=_positives, default=[1], metavar="N[,N]", help=replicas)
-    plan.add_argument("--device-gib", type=float, metavar="GIB", help="memory of a device (no limit)")
+    plan.add_argument(
+        "--device-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of a device (placement.device_gib, else no limit)",
+    )
     times = "seconds of the phases, as jobs/bench_step.py --out writes them (forward equivalents instead)"
     plan.add_argument("--role-times", type=Path, metavar="FILE", help=times)
     needs = "of a device's link; needs --role-times"

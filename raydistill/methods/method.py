@@ -30,8 +30,9 @@ from raydistill.diffusion.times import TimeSampler
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
-Access = Literal["none", "score", "vjp"]
-"""How a method uses a network it does not train: not at all, its output, or also gradients to its input."""
+Access = Literal["none", "score", "vjp", "parameters"]
+"""How a method uses a network beside the generator: not at all, its output, also gradients to its input, or also to its
+weights, which only a network in the same process can give."""
 
 
 @dataclass(frozen=True, kw_only=True)

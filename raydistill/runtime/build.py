@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from raydistill.diffusion.noise_schedule import NoiseSchedule
 from raydistill.errors import ConfigError
 from raydistill.methods import METHODS
 from raydistill.methods.method import Method
@@ -27,10 +28,15 @@ def build_pipeline(config: RunConfig) -> TextToImage:
 
 
 def build_method(config: RunConfig, pipeline: TextToImage) -> Method:
+    """The method of a teacher."""
+    return method_for(config, pipeline.denoiser.schedule)
+
+
+def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:
     """The method, given the teacher's schedule."""
     module, _, name = METHODS[config.method.kind].method.partition(":")
     method: Method = getattr(importlib.import_module(module), name)(
-        config.method, pipeline.denoiser.schedule, config.teacher.guidance_scale
+        config.method, schedule, config.teacher.guidance_scale
     )
     return method
 

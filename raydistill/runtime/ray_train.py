@@ -31,6 +31,7 @@ from raydistill.runtime import actors, loop
 from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.batches import OpenReader
 from raydistill.runtime.build import pick_device
+from raydistill.runtime.fit import require_fit
 from raydistill.runtime.plan import plan
 from raydistill.runtime.pool import TeacherPool
 from raydistill.runtime.ranks import best_num_critic, partition
@@ -259,9 +260,10 @@ class Room:
 def find_room(config: RunConfig) -> Room:
     """Where workers, teachers and evaluator fit on the cluster together, before any of them is started.
 
-    Raises PlacementError if they don't: Ray itself would wait for ever.
+    Raises PlacementError if they don't: Ray itself would wait for ever, or processes be killed for their memory.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    require_fit(config, [node["Resources"].get("memory", float("inf")) for node in nodes])
     taken = check_room([node["Resources"] for node in nodes], config, actors.worker_cpus(config))
     ids = {name: tuple(nodes[n]["NodeID"] for n in where) for name, where in taken.items()}
     return Room(next(iter(ids["evaluator"]), None), ids["teachers"])

@@ -54,6 +54,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     warn_if_not_exportable(config)
     _check_folder(config)
     if config.placement.session == "inline":
+        from raydistill.runtime.fit import machine_bytes, require_fit
+
+        require_fit(config, [machine_bytes()])
         _run_inline(config)
     else:
         _run_on_ray(config)

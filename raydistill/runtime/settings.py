@@ -116,6 +116,8 @@ class PlacementConfig:
     """CPUs (and threads) of a worker; 0 shares a node's CPUs out."""
     gpus_per_worker: int = 0
     """GPUs of a worker."""
+    device_gib: float | None = None
+    """Memory of a GPU in GiB, which the plan's tensors must fit into; none: that of the driver's, if it has one."""
     evaluator_gpus: float = 0.0
     """GPUs of the evaluator."""
     teacher_replicas: int = 1
@@ -278,6 +280,8 @@ def _validate_placement(placement: PlacementConfig) -> None:
     for name in ("teacher_replicas", "teacher_timeout_s", "teacher_idle_s", "teacher_kept_graphs"):
         if getattr(placement, name) <= 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must be positive")
+    if placement.device_gib is not None and placement.device_gib <= 0:
+        raise PlacementError(f"placement.device_gib={placement.device_gib:g} must be positive, or none")
     if placement.teacher_chunk_size is not None and placement.teacher_chunk_size < 1:
         raise PlacementError(
             f"placement.teacher_chunk_size={placement.teacher_chunk_size} must be at least 1, or none"

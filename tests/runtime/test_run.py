@@ -510,6 +510,12 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
         ),
         (["placement.max_staleness=2"], PlacementError, r"placement\.max_staleness=2 must be 0 or 1"),
         (["placement.evaluator_gpus=-1"], PlacementError, r"placement\.evaluator_gpus=-1"),
+        (["placement.device_gib=0"], PlacementError, r"placement\.device_gib=0 must be positive"),
+        (
+            ["placement.gpus_per_worker=1", "placement.device_gib=0.01"],
+            PlacementError,
+            r"takes 0\.\d\d GiB of each worker \(teacher .*a GPU has 0\.01 GiB \(placement\.device_gib\)",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
