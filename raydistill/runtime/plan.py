@@ -220,6 +220,7 @@ def _ranks(config: RunConfig, seconds: RoleSeconds) -> dict[str, int]:
         config.train.micro_batch_size,
         seconds,
         config.method.critic_updates_per_generator,
+        placement.teacher_replicas,
     )
     return {"generator": max(1, world - critics), "critic": critics}
 

@@ -58,11 +58,16 @@ def partition(nodes: Sequence[int], num_critic: int) -> Partition:
 
 
 def best_num_critic(
-    world: int, batch_size: int, micro_batch_size: int | None, seconds: RoleSeconds, r: int
+    world: int,
+    batch_size: int,
+    micro_batch_size: int | None,
+    seconds: RoleSeconds,
+    r: int,
+    teachers: int = 1,
 ) -> int:
-    """How many of `world` ranks should hold the critic so that a window is shortest.
+    """How many of `world` ranks should hold the critic so that a window is shortest, the fewest of equals.
 
-    Raises PlacementError if no division of the ranks divides the batch.
+    teachers: replicas that score beside them. Raises PlacementError if no division of the ranks divides the batch.
     """
     micro = micro_batch_size or 1
     possible = [
@@ -77,10 +82,12 @@ def best_num_critic(
         )
 
     def window_s(critics: int) -> float:
-        layout = Layout("disaggregated", generators=world - critics, critics=critics)
+        layout = Layout("disaggregated", generators=world - critics, critics=critics, teachers=teachers)
         return simulate(seconds, r, layout).window_s
 
-    return min(possible, key=lambda critics: (window_s(critics), critics))
+    windows = {critics: window_s(critics) for critics in possible}
+    shortest = min(windows.values())
+    return min(possible, key=lambda critics: (round(windows[critics] / shortest, 6), critics))
 
 
 def transfers(ranks: Partition, batch_size: int) -> list[Transfer]:

@@ -34,7 +34,7 @@ from raydistill.runtime.build import pick_device
 from raydistill.runtime.fit import require_fit
 from raydistill.runtime.plan import plan
 from raydistill.runtime.pool import TeacherPool
-from raydistill.runtime.ranks import best_num_critic, partition
+from raydistill.runtime.ranks import partition
 from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
 from raydistill.runtime.settings import (
     RunConfig,
@@ -221,14 +221,8 @@ def with_workers(config: RunConfig) -> RunConfig:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         placement = replace(placement, workers=choose_workers(nodes, config))
     if placement.mode == "disaggregated" and not placement.critic_ranks:
-        critics = best_num_critic(
-            placement.workers,
-            config.train.batch_size,
-            config.train.micro_batch_size,
-            plan(config).seconds,
-            config.method.critic_updates_per_generator,
-        )
-        placement = replace(placement, critic_ranks=critics)
+        chosen = plan(replace(config, placement=placement)).ranks["critic"]
+        placement = replace(placement, critic_ranks=chosen)
     config = replace(config, placement=placement)
     if placement.mode == "disaggregated":
         require_divisible(config)

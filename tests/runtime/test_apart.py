@@ -247,6 +247,10 @@ def test_more_critic_updates_get_more_critic_ranks() -> None:
     assert chosen[0] < chosen[-1]
     times = {c: simulate(seconds, 5, Layout("disaggregated", 8 - c, c)).window_s for c in range(1, 8)}
     assert chosen[2] == min(times, key=lambda c: times[c])
+    # a teacher that everybody waits for hides what more critic ranks would save; more replicas bring it back
+    slow = replace(seconds, teacher_answer=30.0)
+    assert best_num_critic(8, 840, None, slow, 5) == 1
+    assert best_num_critic(8, 840, None, slow, 5, teachers=100) > 1
     with pytest.raises(PlacementError, match=r"train\.batch_size=7 can't be shared"):
         best_num_critic(4, 7, None, seconds, 5)
 
