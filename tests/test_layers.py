@@ -204,3 +204,11 @@ def test_importing_it_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", ["raydistill.runtime.actors", "raydistill.runtime.ray_train"])
+def test_services_that_need_no_network_do_not_wait_for_the_libraries_of_networks(module: str) -> None:
+    heavy = {"mlflow", "diffusers", "transformers", "torchvision", "s3fs"}
+    code = f"import sys, {module}; print(*sorted(set(sys.modules) & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []

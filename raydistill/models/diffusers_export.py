@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.models.diffusers_hub import diffusers, local_folder, read_json, scheduler_config
+from raydistill.models.diffusers_hub import import_diffusers, local_folder, read_json, scheduler_config
 
 
 def export_pipeline(
@@ -42,7 +42,7 @@ def export_pipeline(
             shutil.rmtree(out)
         ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
         shutil.copytree(folder, out, ignore=ignored)
-        model = diffusers.UNet2DConditionModel
+        model = import_diffusers().UNet2DConditionModel
         unet = model.from_config(model.load_config(folder / "unet"))
         unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
         unet.save_pretrained(out / "unet", safe_serialization=True)
@@ -81,13 +81,15 @@ def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[float
         )
     num = wanted[0] + 1
     if num != config.get("num_train_timesteps", 1000):
-        betas = diffusers.DDPMScheduler(**config).betas[:num]  # rescaled already where they are to be
+        betas = (
+            import_diffusers().DDPMScheduler(**config).betas[:num]
+        )  # rescaled already where they are to be
         config |= {"num_train_timesteps": num, "trained_betas": [float(beta) for beta in betas]}
         config.pop("rescale_betas_zero_snr", None)
     # LCM's c_skip = sd^2/(s^2+sd^2) and c_out = s/sqrt(s^2+sd^2), s = scaling * t, tend to 0 and 1: x0 itself
     config |= {"set_alpha_to_one": True, "clip_sample": False, "timestep_scaling": 1e9}
     for steps in {num, len(wanted)}:
-        scheduler = diffusers.LCMScheduler(**config, original_inference_steps=steps)
+        scheduler = import_diffusers().LCMScheduler(**config, original_inference_steps=steps)
         scheduler.set_timesteps(len(wanted))
         if scheduler.timesteps.tolist() == wanted:
             return scheduler

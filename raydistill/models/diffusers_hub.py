@@ -7,13 +7,14 @@ with their tokenizers, and a scheduler whose configuration states the noise sche
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,21 +26,30 @@ from raydistill.errors import ConfigError
 from raydistill.models.denoiser import DTYPES, Cond, Denoiser
 from raydistill.torchvision_ops import ensure_torchvision_importable
 
-ensure_torchvision_importable()
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-import diffusers  # noqa: E402
-import transformers  # noqa: E402
-from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
 
-__all__ = [
-    "DenoiserParts", "PixelPipeline", "TextToImage", "UNetDenoiser", "denoiser_on_meta", "diffusers",
-    "load_pipeline", "local_folder", "random_pixel_pipeline", "read_json", "trainable",
-]  # fmt: skip
+@functools.cache
+def import_diffusers() -> Any:
+    """The library, quiet. Imported when it is first needed: five seconds that a driver or tracker need not wait."""
+    ensure_torchvision_importable()
+    import diffusers
 
-diffusers.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+@functools.cache
+def import_transformers() -> Any:
+    """As `import_diffusers`."""
+    ensure_torchvision_importable()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 class UNetDenoiser(Denoiser):
@@ -222,19 +232,25 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
 
     safely = {"use_safetensors": True}
     with _loading(path, "unet"):
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **safely)
+        unet = import_diffusers().UNet2DConditionModel.from_pretrained(
+            folder / "unet", torch_dtype=torch.float32, **safely
+        )
     with _loading(path, "vae"):
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **safely)
+        vae = import_diffusers().AutoencoderKL.from_pretrained(
+            folder / "vae", torch_dtype=torch.float32, **safely
+        )
     encoders: list[nn.Module] = []
     tokenizers = []
     for number in ("", "_2"):
         part = f"text_encoder{number}"
         if (folder / part).is_dir():
             with _loading(path, part):
-                encoder_class = getattr(transformers, index[part][1])
+                encoder_class = getattr(import_transformers(), index[part][1])
                 encoders.append(encoder_class.from_pretrained(folder / part, dtype=torch.float32, **safely))
             with _loading(path, f"tokenizer{number}"):
-                tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
+                tokenizers.append(
+                    import_transformers().CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}")
+                )
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     return TextToImage(
@@ -330,7 +346,7 @@ class DenoiserParts:
     def build(self, weights: Mapping[str, Tensor]) -> UNetDenoiser:
         """The frozen denoiser on these very tensors, which are not copied."""
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.config)
+            unet = import_diffusers().UNet2DConditionModel.from_config(self.config)
         denoiser = UNetDenoiser(unet, self.schedule, self.prediction, self.dtype)
         denoiser.load_state_dict(weights, assign=True)
         return denoiser.eval().requires_grad_(False)
@@ -349,7 +365,7 @@ def denoiser_on_meta(
     text = read_json(folder / "text_encoder" / "config.json", path)
     config = read_json(folder / "unet" / "config.json", path)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = import_diffusers().UNet2DConditionModel.from_config(config)
     shapes: dict[str, tuple[int, ...]] = {
         "text": (text.get("max_position_embeddings", 77), unet.config.cross_attention_dim)
     }
@@ -407,8 +423,8 @@ def random_pixel_pipeline(
         }
     )
     with torch.device("meta"):
-        meta = UNet2DConditionModel(**settings)
-    unet = UNet2DConditionModel(**settings).eval().requires_grad_(False)
+        meta = import_diffusers().UNet2DConditionModel(**settings)
+    unet = import_diffusers().UNet2DConditionModel(**settings).eval().requires_grad_(False)
     pipeline = PixelPipeline(UNetDenoiser(unet, schedule, prediction), shapes)
     return pipeline, UNetDenoiser(meta, schedule, prediction), shapes
 

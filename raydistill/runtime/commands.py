@@ -14,7 +14,7 @@ from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
-from raydistill.models.diffusers_hub import TextToImage, diffusers
+from raydistill.models.diffusers_hub import TextToImage, import_diffusers
 from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.services import build_evaluator
@@ -137,7 +137,7 @@ def export_difference(
     with warnings.catch_warnings():
         # of steps_offset, which is what the teacher was trained with
         warnings.simplefilter("ignore", FutureWarning)
-        loaded = diffusers.DiffusionPipeline.from_pretrained(out)
+        loaded = import_diffusers().DiffusionPipeline.from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)
     images = loaded(
         list(prompts), num_inference_steps=len(config.method.timesteps), guidance_scale=1.0,

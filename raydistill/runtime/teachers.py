@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import PlacementError, RayDistillError
 from raydistill.models.denoiser import Cond
-from raydistill.models.diffusers_hub import DenoiserParts
+from raydistill.models.diffusers_hub import DenoiserParts, import_diffusers
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.actors import get
@@ -73,7 +73,8 @@ class _TeacherActor:
         self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
 
     def ready(self) -> None:
-        """Answers when the process is there."""
+        """Answers when the process is there and has what takes long to import."""
+        import_diffusers()
 
     def _service(self) -> tuple[KeptGraphs, torch.device]:
         # built by the first call, not by the constructor, so that a failure reaches the caller as itself

@@ -33,6 +33,7 @@ from raydistill.runtime.teachers import (
 )
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -28,7 +28,7 @@ from raydistill.errors import (
     TrackingError,
     TrainingError,
 )
-from raydistill.models.diffusers_hub import diffusers
+from raydistill.models.diffusers_hub import import_diffusers
 from raydistill.runtime.build import build_pipeline
 from raydistill.runtime.commands import evaluate, export, export_difference, open_run, sample, sample_images
 from raydistill.runtime.run import resolve, run
@@ -416,7 +416,7 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     )
     prompts = ["a red circle", "a small blue square"]
     noise = Draws(0).normal("sample/noise", 0, range(2), pipeline.latent_shape)
-    loaded = diffusers.DiffusionPipeline.from_pretrained(out)
+    loaded = import_diffusers().DiffusionPipeline.from_pretrained(out)
     images = loaded(
         prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="pt"
     ).images
@@ -592,7 +592,7 @@ def test_four_step_preset_trains_evaluates_and_exports(whole: Path, output_dir: 
     assert summary["generator_steps"] == 4
     scheduler = json.loads((Path(summary["export"]) / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "LCMScheduler"
-    loaded = diffusers.LCMScheduler.from_config(scheduler)
+    loaded = import_diffusers().LCMScheduler.from_config(scheduler)
     loaded.set_timesteps(4)
     assert loaded.timesteps.tolist() == [999, 749, 499, 249]
 
