@@ -106,6 +106,12 @@ class Job:
                     found[name, entry["step"]] = value
         return found
 
+    def times(self) -> tuple[float, float]:
+        """When its first and its last update were logged, in seconds since the epoch."""
+        lines = (json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines())
+        stamps = [line["timestamp_ms"] / 1000 for line in lines if "loss/dm" in line.get("values", {})]
+        return min(stamps), max(stamps)
+
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         """Poll until it is so. Raises SystemExit with the job's output if it ends before or takes too long."""
         until = time.monotonic() + TIMEOUT_S
@@ -207,8 +213,11 @@ def placements(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
     )
     say("divides small gradients by their size, lets that grow from update to update.")
     for name in ("teachers", "disaggregated"):
-        if results[name]["digest"] != results["colocated"]["digest"]:
+        if results[name]["losses"] or results[name]["digest"] != results["colocated"]["digest"]:
             raise SystemExit(f"{name} is not bit-equal to colocated")
+    two = results["colocated, 2 ranks"]
+    if two["losses_first_update"] > 1e-5 or two["losses"] > 1e-3 or two["weights"] > 1e-3:
+        raise SystemExit("two ranks differ from one by more than the order of sums explains")
     return {"placements": results}
 
 
@@ -223,6 +232,8 @@ class Fault:
     strike: Callable[[Job, LocalNodes], None]
     restarts: bool = True
     """Training starts again from a snapshot."""
+    after_a_step: bool = True
+    """Half an update after an update was logged; else as soon as it is found at work."""
     again: bool = False
     """The job is to be submitted again."""
 
@@ -249,7 +260,7 @@ def kill_raylet(job: Job, nodes: LocalNodes) -> None:
 
 FAULTS = [
     Fault("teacher replica", kill_busy("ray::_TeacherActor.answer"), restarts=False),
-    Fault("evaluator", kill_busy("ray::_EvaluatorActor.evaluate"), restarts=False),
+    Fault("evaluator", kill_busy("ray::_EvaluatorActor.evaluate"), restarts=False, after_a_step=False),
     Fault("critic rank", kill_rank(1)),
     Fault("generator rank", kill_rank(0)),
     Fault("raylet", kill_raylet),
@@ -288,9 +299,11 @@ def faults(nodes: LocalNodes, folder: Path, wanted: list[str]) -> dict[str, Any]
             f"{'yes' if row['same_weights'] else 'NO':>14}{row['figures_lost_or_changed']:>14}  {row['happened']}"
         )
     say(
-        "recovered after: from the kill to the first update that had not been done before; recomputed: updates done"
+        "recovered after: from the kill to the first update that had not been done before (the evaluator: to the figure"
     )
-    say("again; figures: losses, gradients and evaluations that are missing or differ.")
+    say(
+        "in hand); recomputed: updates done again; figures: losses, gradients, evaluations missing or changed."
+    )
     if not all(row["same_weights"] and not row["figures_lost_or_changed"] for row in rows):
         raise SystemExit("a run did not end as the undisturbed one")
     return {"faults": rows}
@@ -308,23 +321,26 @@ def compared(job: Job) -> dict[tuple[str, int], float]:
 def one_fault(nodes: LocalNodes, folder: Path, fault: Fault) -> dict[str, Any]:
     """Run, strike in the second half of an update, wait for the end."""
     job = Job(folder, fault.name.replace(" ", "_"), nodes.address, APART)
-    job.wait_until(lambda: job.step() >= UPDATES // 2 + 2, "half of the updates")
-    steps, times = job.step(), []
-    for _ in range(2):
-        started = time.monotonic()
-        now = job.step()
-        job.wait_until(lambda now=now: job.step() > now, "an update")  # type: ignore[misc]
-        times.append(time.monotonic() - started)
-    time.sleep(times[-1] / 2)
+    half = UPDATES // 2
+    job.wait_until(lambda: job.step() >= half, "half of the updates")
+    if fault.after_a_step:
+        now, started = job.step(), time.monotonic()
+        job.wait_until(lambda: job.step() > now, "an update")
+        time.sleep((time.monotonic() - started) / 2)
     read = len(job.output())
     fault.strike(job, nodes)
     struck = time.monotonic()
+    steps = job.step()
     if fault.again:
         job.submit_again()
     if fault.restarts:
-        time.sleep(1.0)  # figures of updates that were done before are still on their way to the journal
-    steps = job.step()
-    job.wait_until(lambda: job.step() > steps, "an update after the kill")
+        # figures of updates that were done before may come late, so the journal alone does not tell
+        job.wait_until(lambda: "resumed from" in job.output(read), "a restart")
+        steps = job.step()
+    if fault.after_a_step:
+        job.wait_until(lambda: job.step() > steps, "an update after the kill")
+    else:
+        job.wait_until(lambda: is_evaluated(job, half), f"the figure of update {half}")
     seconds = time.monotonic() - struck
     job.finish()
     after = job.output(read)
@@ -347,7 +363,14 @@ def what_happened(output: str, resumed: list[int], fault: Fault) -> str:
         told.append(f"{who} from the snapshot of update {resumed[-1]}")
     if lost := len(re.findall(r"teacher replica \S+ was lost", output)):
         told.append(f"{lost} quer{'y' if lost == 1 else 'ies'} asked of another replica")
-    return ", ".join(told) or "Ray restarted it and repeated its call"
+    if not fault.after_a_step:
+        told.append(f"it made the figure of update {UPDATES // 2} again")  # which was waited for
+    return ", ".join(told) or "nothing was told"
+
+
+def is_evaluated(job: Job, update: int) -> bool:
+    """Whether the figures of a snapshot are there."""
+    return any(step == update and name.startswith("eval/") for name, step in job.points())
 
 
 # ---- service
@@ -375,9 +398,10 @@ def service(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
     refused = next((line for line in third.output().splitlines() if line.startswith("raydistill: error")), "")
     for job in jobs.values():
         job.finish()
+    at_once = min(job.times()[1] for job in jobs.values()) - max(job.times()[0] for job in jobs.values())
     together = {name: digest(job.weights()) for name, job in jobs.items()}
     say()
-    say("one detached teacher service for two jobs at once:")
+    say(f"one detached teacher service for two jobs, which trained at the same time for {at_once:.0f} s:")
     for name, scale in scales.items():
         same = "the same" if alone[name] == together[name] else "NOT the same"
         say(f"  {scale}: weights {together[name]}, with a pool of its own {alone[name]}: {same}")
@@ -387,7 +411,7 @@ def service(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
             [sys.executable, "-m", "raydistill.cli", "teachers", "--stop", "drill"],
             env=os.environ | {"RAY_ADDRESS": nodes.address}, check=True, capture_output=True,
         )  # fmt: skip
-    if alone != together or code != 2 or "teacher_service" not in refused:
+    if at_once <= 0 or alone != together or code != 2 or "teacher_service" not in refused:
         raise SystemExit("the shared service changed a job, or did not refuse another teacher")
     return {"service": {"alone": alone, "together": together, "refused": refused}}
 

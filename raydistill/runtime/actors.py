@@ -180,8 +180,13 @@ def worker_cpus(config: RunConfig) -> int:
     if config.placement.cpus_per_worker:
         return config.placement.cpus_per_worker
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    per_node = -(-config.placement.workers // max(1, sum(node.get("CPU", 0.0) > 0 for node in nodes)))
-    return max(1, int(free_cpus(nodes, config) // per_node))
+    largest = int(free_cpus(nodes, config))
+    # teachers are spread over the nodes here; where they really go is looked at when room is found for them
+    beside = max(node.get("CPU", 0.0) for node in nodes) - largest
+    for share in range(largest, 1, -1):
+        if sum((node.get("CPU", 0.0) - beside) // share for node in nodes) >= config.placement.workers:
+            return share
+    return 1
 
 
 def free_cpus(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> float:

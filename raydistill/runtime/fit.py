@@ -63,7 +63,8 @@ def require_memory(config: RunConfig, plan: Plan, node_bytes: Sequence[float]) -
     for kind, num_bytes in plan.device_bytes.items():
         share = placement.gpus_per_teacher if kind == "teacher" else float(placement.gpus_per_worker)
         if not share:
-            on_cpus += counts[kind] * num_bytes
+            # a node's replicas map one copy of the weights
+            on_cpus += num_bytes * (min(counts[kind], len(node_bytes)) if kind == "teacher" else counts[kind])
             limit, where = max(node_bytes), "a node has {} GiB"
         else:
             limit, where = _gpu_bytes(placement.device_gib), "a GPU has {} GiB (placement.device_gib)"

@@ -38,12 +38,15 @@ _LOST = (
 """What a replica that died leaves behind, before and after its answer."""
 _TELL_S = 60.0
 _NO_REPLICA_POLL_S = 0.2
+_PASS_OVER_S = 5.0
 
 
 @dataclass
 class _Replica:
     handle: Any
     out: set[Any] = field(default_factory=set)
+    passed_over_until: float = 0.0
+    """While Ray restarts it, on the clock of time.monotonic()."""
 
 
 class TeacherPool:
@@ -75,6 +78,8 @@ class TeacherPool:
         self._keys = itertools.count()
         self._replicas: dict[str, _Replica] = {}
         self._report: Any = None
+        self._most_out = 0
+        """Queries that were out at a time since the last report."""
         self._reported = 0.0
         self._waited_s = 0.0
         self._retries = 0
@@ -124,6 +129,7 @@ class TeacherPool:
                 prefer = None
                 continue
             self._replicas[prefer].out.add(reference)
+            self._most_out = max(self._most_out, sum(len(each.out) for each in self._replicas.values()))
             self._exchange_with_manager()
             return _Call(prefer, reference, send)
 
@@ -136,10 +142,18 @@ class TeacherPool:
                     "waiting for a teacher replica (placement.cpus_per_teacher, placement.gpus_per_teacher)"
                 )
             self._refresh()
+            if not self._replicas:
+                time.sleep(_NO_REPLICA_POLL_S)
 
     def _least_loaded(self, avoid: Set[str]) -> str | None:
-        others = [name for name in self._replicas if name not in avoid]
-        return min(others, key=lambda name: len(self._replicas[name].out), default=None)
+        """Of those that are not being restarted, if there are any."""
+        now = time.monotonic()
+        others = {name: each for name, each in self._replicas.items() if name not in avoid}
+        return min(
+            others,
+            key=lambda name: (others[name].passed_over_until > now, len(others[name].out)),
+            default=None,
+        )
 
     def result(self, call: _Call) -> tuple[Any, str]:
         """(the answer, the replica that gave it); asks others if need be. Raises what the teacher raised."""
@@ -188,7 +202,9 @@ class TeacherPool:
             "teacher replica %s was lost, its query is asked again: %s", replica, type(error).__name__
         )
         if isinstance(error, ray.exceptions.ActorUnavailableError) and replica in self._replicas:
-            self._replicas[replica].out.clear()  # Ray restarts it
+            # Ray restarts it, if it finds room; until the manager knows, others are asked
+            self._replicas[replica].out.clear()
+            self._replicas[replica].passed_over_until = time.monotonic() + _PASS_OVER_S
         else:
             self._replicas.pop(replica, None)
 
@@ -216,8 +232,11 @@ class TeacherPool:
         if self._report is None and now - self._reported >= REPORT_S:
             self._reported = now
             self._settle()
-            out = sum(len(replica.out) for replica in self._replicas.values())
-            self._report = self._manager.report.remote(self._client, out)
+            most, self._most_out = (
+                self._most_out,
+                sum(len(replica.out) for replica in self._replicas.values()),
+            )
+            self._report = self._manager.report.remote(self._client, most)
 
     def _settle(self) -> None:
         for replica in self._replicas.values():

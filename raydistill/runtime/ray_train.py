@@ -283,7 +283,7 @@ def check_room(
             },
         ),
     ]  # fmt: skip
-    free = [dict(node) for node in nodes]
+    free = [_Free.of(node) for node in nodes]
     there = {
         kind: f"the nodes have {', '.join(f'{node.get(kind, 0.0):g}' for node in nodes)} {kind}s"
         for kind in worker
@@ -295,25 +295,25 @@ def check_room(
         named = {kind: f"{times}placement.{takes[kind][0]}={amount:g}" for kind, amount in amounts.items()}
         where: list[int] = []
         for _ in range(count if amounts else 0):
-            fitting = [n for n, node in enumerate(free) if _places(node, amounts)]
+            fitting = [n for n, node in enumerate(free) if node.places(amounts)]
             if not fitting:
                 # the kind that is short, or both where only a node with enough of both is missing
-                short = [kind for kind in amounts if not any(_places(n, {kind: amounts[kind]}) for n in free)]
+                short = [kind for kind in amounts if not any(n.places({kind: amounts[kind]}) for n in free)]
                 kinds = short[:1] or list(amounts)
                 raise PlacementError(
                     f"{' with '.join(named[kind] for kind in kinds)} does not fit"
                     f"{''.join(beside[kind] for kind in kinds)}: {'; '.join(there[kind] for kind in kinds)}; "
                     "lower one of them or add nodes"
                 )
-            best = min(fitting, key=lambda n: _cost(free[n], worker, amounts))
-            free[best] = _without(free[best], amounts)
+            best = min(fitting, key=lambda n: free[n].cost(worker, amounts))
+            free[best] = free[best].without(amounts)
             where.append(best)
         taken[name] = tuple(where)
         for kind in amounts if count else ():
             beside[kind] += f" beside {named[kind]}"
-    if sum(_places(node, worker) for node in free) < placement.workers:
+    if sum(node.places(worker) for node in free) < placement.workers:
         amounts = {kind: amount for kind, amount in worker.items() if amount}
-        short = [k for k in amounts if sum(_places(n, {k: amounts[k]}) for n in free) < placement.workers]
+        short = [k for k in amounts if sum(n.places({k: amounts[k]}) for n in free) < placement.workers]
         kinds = short[:1] or list(amounts)
         each = " with ".join(f"placement.{kind.lower()}s_per_worker={worker[kind]:g}" for kind in kinds)
         raise PlacementError(
@@ -323,18 +323,48 @@ def check_room(
     return taken
 
 
-def _places(node: Mapping[str, float], amounts: Mapping[str, float]) -> int:
-    """How many times the amounts fit."""
-    return min(int(node.get(kind, 0.0) // amount) for kind, amount in amounts.items() if amount)
+@dataclass(frozen=True)
+class _Free:
+    """What is left of a node, in ten-thousandths as Ray counts it: sums of floats fall short."""
+
+    cpus: int
+    gpus: tuple[int, ...]
+    """Of each GPU: a share is of one of them, whole ones are untouched ones."""
+
+    @classmethod
+    def of(cls, node: Mapping[str, float]) -> _Free:
+        return cls(_parts(node.get("CPU", 0.0)), (_parts(1.0),) * int(node.get("GPU", 0.0)))
+
+    def places(self, amounts: Mapping[str, float]) -> int:
+        """How many times the amounts fit."""
+        found = []
+        if cpus := _parts(amounts.get("CPU", 0.0)):
+            found.append(self.cpus // cpus)
+        if gpus := _parts(amounts.get("GPU", 0.0)):
+            whole = gpus // _parts(1.0)
+            untouched = self.gpus.count(_parts(1.0))
+            found.append(untouched // whole if whole else sum(left // gpus for left in self.gpus))
+        return min(found)
+
+    def without(self, amounts: Mapping[str, float]) -> _Free:
+        """One time less."""
+        gpus = _parts(amounts.get("GPU", 0.0))
+        left = sorted(self.gpus)  # the fullest that has room, as Ray does
+        whole = gpus // _parts(1.0)
+        for _ in range(whole):
+            left.remove(_parts(1.0))
+        if gpus and not whole:
+            taken = next(n for n, amount in enumerate(left) if amount >= gpus)
+            left[taken] -= gpus
+        else:
+            left += [0] * whole
+        return _Free(self.cpus - _parts(amounts.get("CPU", 0.0)), tuple(left))
+
+    def cost(self, worker: Mapping[str, float], amounts: Mapping[str, float]) -> tuple[int, ...]:
+        """Workers' places lost by taking the amounts from this node, then what is left of it."""
+        left = self.without(amounts)
+        return self.places(worker) - left.places(worker), left.cpus, sum(left.gpus)
 
 
-def _without(node: Mapping[str, float], amounts: Mapping[str, float]) -> dict[str, float]:
-    return {**node, **{kind: node.get(kind, 0.0) - amount for kind, amount in amounts.items()}}
-
-
-def _cost(
-    node: Mapping[str, float], worker: Mapping[str, float], amounts: Mapping[str, float]
-) -> tuple[float, ...]:
-    """Workers' places lost by taking the amounts from this node, then what is left of it."""
-    left = _without(node, amounts)
-    return float(_places(node, worker) - _places(left, worker)), *(left[kind] for kind in sorted(amounts))
+def _parts(amount: float) -> int:
+    return round(amount * 10_000)

@@ -141,9 +141,9 @@ class PlacementConfig:
     again."""
     teacher_timeout_s: float = 300.0
     """After which a query is also asked of another replica."""
-    teacher_transport: Literal["auto", "object_store", "nixl"] = "auto"
-    """How samples and answers travel between workers and teachers: nixl from GPU to GPU (pip install
-    'raydistill[gpu]'), object_store through the hosts' memory; auto: nixl where both have GPUs and it is installed."""
+    teacher_transport: Literal["object_store", "nixl"] = "object_store"
+    """How samples and answers travel between workers and teachers: object_store through the hosts' memory; nixl from
+    GPU to GPU (pip install 'raydistill[gpu]'), but a worker may crash with a replica whose answer it is fetching."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     """Samples and answers between workers and teachers; bf16 halves the traffic and changes the numbers."""
     max_failures: int = 3
@@ -204,7 +204,7 @@ RESUMABLE_CHANGES = (
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
 train.generator_updates, if learning rates don't depend on it."""
-NUMERIC_PLACEMENT = ("placement.max_staleness", "placement.wire_dtype")
+NUMERIC_PLACEMENT = ("placement.max_staleness", "placement.wire_dtype", "placement.teacher_chunk_size")
 """Of the placement's settings those that change the numbers."""
 
 
@@ -298,6 +298,15 @@ def _validate_placement(placement: PlacementConfig) -> None:
         )
     if placement.max_staleness not in (0, 1):
         raise PlacementError(f"placement.max_staleness={placement.max_staleness} must be 0 or 1")
+    for name, given, needs, without in (
+        ("max_staleness", placement.max_staleness, ("disaggregated",), 0),
+        ("critic_ranks", placement.critic_ranks, ("disaggregated",), 0),
+        ("wire_dtype", placement.wire_dtype, ("teachers", "disaggregated"), "fp32"),
+    ):
+        if given != without and placement.mode not in needs:
+            raise PlacementError(
+                f"placement.{name}={given} needs placement.mode={' or '.join(needs)}, it is {placement.mode}"
+            )
     if placement.session == "inline":
         for name, value, alone in (
             ("workers", placement.workers, placement.workers < 2),

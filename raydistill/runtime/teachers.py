@@ -60,7 +60,8 @@ class PoolSpec:
 def teacher_identity(config: RunConfig, fingerprint: str) -> str:
     """What two runs must have in common to share a teacher."""
     layout = "channels_last" if config.train.channels_last else "contiguous"
-    return f"{fingerprint[:16]}/{config.teacher.prediction}/{config.teacher.dtype}/{layout}"
+    compiled = "/compiled" if config.train.compile else ""
+    return f"{fingerprint[:16]}/{config.teacher.prediction}/{config.teacher.dtype}/{layout}{compiled}"
 
 
 class _TeacherActor:
@@ -118,6 +119,15 @@ def wanted_replicas(
     return min(max(now, minimum), maximum)
 
 
+def _answered(reference: Any) -> bool:
+    """Whether a call that is over was answered; False if its actor died."""
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayActorError:
+        return False
+    return True
+
+
 class _PoolManager:
     """Starts and ends replicas; Ray itself restarts those that die."""
 
@@ -126,6 +136,7 @@ class _PoolManager:
         self._nodes = list(nodes)
         self._replicas: dict[str, Any] = {}
         self._starting: dict[str, tuple[Any, Any]] = {}
+        self._pings: dict[str, Any] = {}
         self._outstanding: dict[str, tuple[int, float]] = {}
         self._busy_at = time.monotonic()
         self._args: tuple[Any, ...] | None = None
@@ -148,19 +159,36 @@ class _PoolManager:
             return dict(self._replicas)
 
     def report(self, client: str, outstanding: int) -> dict[str, Any]:
-        """A client's number of unanswered queries; answers with the replicas to send the next ones to."""
+        """The most queries that a client had out at a time since its last report; answers with the replicas to use."""
         with self._lock:
             self.spec()
             self._outstanding[client] = (outstanding, time.monotonic())
-            self._scale()
+            self._scale(may_grow=True)
             return dict(self._replicas)
 
     def _watch(self) -> None:
-        """A service that nobody uses gets no reports, and shrinks all the same."""
+        """Also without reports: what died is taken off the list, and a service that nobody uses shrinks."""
         while True:
             time.sleep(REPORT_S)
             with self._lock:
-                self._scale()
+                self._take_off_the_dead()
+                self._scale(
+                    may_grow=False
+                )  # a report of a queue is good for one replica, not for one a second
+
+    def _take_off_the_dead(self) -> None:
+        """Replicas that Ray restarts start anew: one that finds no room any more must not attract queries."""
+        self._pings = {name: ping for name, ping in self._pings.items() if name in self._replicas}
+        for name, handle in list(self._replicas.items()):
+            ping = self._pings.get(name)
+            if ping is None:
+                ping = self._pings[name] = handle.ready.remote()
+            if not ray.wait([ping], timeout=0)[0]:
+                continue
+            del self._pings[name]
+            if not _answered(ping):
+                del self._replicas[name]
+                self._starting[name] = handle, handle.ready.remote()
 
     def _welcome(self, timeout_s: float) -> None:
         """Let replicas whose process is there take queries: one that finds no room must not attract any."""
@@ -170,11 +198,15 @@ class _PoolManager:
         there = ray.wait(waiting, num_returns=1, timeout=timeout_s)[0]
         there += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
         for name, (handle, reference) in list(self._starting.items()):
-            if reference in there:
+            if reference not in there:
+                continue
+            if _answered(reference):
                 del self._starting[name]
                 self._replicas[name] = handle
+            else:
+                self._starting[name] = handle, handle.ready.remote()
 
-    def _scale(self) -> None:
+    def _scale(self, *, may_grow: bool) -> None:
         assert self._spec is not None
         spec, now = self._spec, time.monotonic()
         self._welcome(0.0)
@@ -188,6 +220,8 @@ class _PoolManager:
             count, outstanding, now - self._busy_at,
             minimum=spec.minimum, maximum=spec.maximum, rest_s=spec.idle_s,
         )  # fmt: skip
+        if wanted > count and not may_grow:
+            return
         if wanted != count:
             self._busy_at = now
         if wanted > count:
@@ -217,10 +251,7 @@ class _PoolManager:
             gpus=placement.gpus_per_teacher,
             kept_graphs=placement.teacher_kept_graphs,
             compile=config.train.compile,
-            transport=wire.choose_transport(
-                placement.teacher_transport,
-                all_on_gpus=placement.gpus_per_worker > 0 and placement.gpus_per_teacher > 0,
-            ),
+            transport=wire.require_transport(placement.teacher_transport),
         )
         for _ in range(spec.minimum):
             self._add(spec)
@@ -281,9 +312,10 @@ def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> P
         raise PlacementError(
             f"placement.teacher_service={config.placement.teacher_service!r} serves the teacher {spec.path} "
             f"({spec.identity}), this run's is {config.teacher.path} ({mine}): choose another "
-            "placement.teacher_service, or the same teacher.path, teacher.dtype, teacher.prediction and "
-            "train.channels_last"
+            "placement.teacher_service, or the same teacher.path, teacher.dtype, teacher.prediction, "
+            "train.channels_last and train.compile"
         )
+    wire.require_transport(spec.transport)
     return spec
 
 

@@ -28,20 +28,14 @@ WireDtype = Literal["fp32", "bf16"]
 Transport = Literal["object_store", "nixl"]
 
 
-def choose_transport(setting: Literal["auto", "object_store", "nixl"], *, all_on_gpus: bool) -> Transport:
-    """What a pool and its clients use: with `auto` nixl where both ends are GPUs and the package is there.
-
-    Raises PlacementError if nixl is asked for and not installed.
-    """
-    installed = importlib.util.find_spec("nixl") is not None
-    if setting == "nixl" and not installed:
+def require_transport(transport: Transport) -> Transport:
+    """The same. Raises PlacementError if its package is not installed."""
+    if transport == "nixl" and importlib.util.find_spec("nixl") is None:
         raise PlacementError(
             "placement.teacher_transport=nixl needs the nixl package in every process: pip install 'raydistill[gpu]', "
             "or placement.teacher_transport=object_store"
         )
-    if setting == "auto":
-        return "nixl" if all_on_gpus and installed else "object_store"
-    return setting
+    return transport
 
 
 def put(value: Any, transport: Transport) -> Any:

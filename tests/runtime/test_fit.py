@@ -28,15 +28,19 @@ def planned(config: RunConfig) -> tuple[Plan, dict[str, int]]:
 def test_cpu_processes_must_fit_on_a_node_and_together_on_all(placement: dict[str, Any]) -> None:
     config = scenes(**placement)
     found, by_kind = planned(config)
-    counts = {"worker": 2, "generator": 2, "critic": 2, "teacher": config.placement.teacher_replicas}
     largest = max(by_kind.values())
-    together = sum(counts[kind] * size for kind, size in by_kind.items())
-    require_memory(config, found, [together])
-    require_memory(config, found, [largest, together - largest])
+
+    def together(nodes: int) -> int:  # a node's replicas map one copy of the weights
+        teachers = min(nodes, config.placement.teacher_replicas)
+        counts = {"worker": 2, "generator": 2, "critic": 2, "teacher": teachers}
+        return sum(counts[kind] * size for kind, size in by_kind.items())
+
+    require_memory(config, found, [together(1)])
+    require_memory(config, found, [largest, together(2) - largest])
     with pytest.raises(PlacementError, match=rf"GiB of each .*a node has {(largest - 1) / GIB:.2f} GiB"):
         require_memory(config, found, [float(largest - 1)] * 100)
-    with pytest.raises(PlacementError, match=rf"takes {together / GIB:.2f} GiB of the nodes' memory"):
-        require_memory(config, found, [float(largest), float(together - largest - 1)])
+    with pytest.raises(PlacementError, match=rf"takes {together(2) / GIB:.2f} GiB of the nodes' memory"):
+        require_memory(config, found, [float(largest), float(together(2) - largest - 1)])
 
 
 def test_gpu_processes_must_fit_on_their_gpu_or_their_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

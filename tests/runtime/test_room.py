@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from raydistill.errors import PlacementError
+from raydistill.runtime.actors import worker_cpus
 from raydistill.runtime.ray_train import check_room
 from tests.tiny import tiny_config
 
@@ -36,6 +37,13 @@ from tests.tiny import tiny_config
             (0,),
         ),
         ([{"CPU": 2.0}], {"workers": 2, "mode": "teachers", "teacher_replicas": 2}, (), ()),
+        # ten tenths are one, also in floats
+        (
+            [{"CPU": 3.0}],
+            {"workers": 2, "mode": "teachers", "teacher_replicas": 10, "cpus_per_teacher": 0.1},
+            (),
+            (0,) * 10,
+        ),
     ],
 )  # fmt: skip
 def test_services_go_where_they_cost_the_fewest_workers_places(
@@ -63,6 +71,12 @@ def test_services_go_where_they_cost_the_fewest_workers_places(
             {"workers": 2, "gpus_per_worker": 1},
             r"placement\.workers=2 x placement\.cpus_per_worker=1 with placement\.gpus_per_worker=1 does not fit",
         ),
+        # two GPUs of which 0.4 is left each have no room for 0.6
+        (
+            [{"CPU": 8.0, "GPU": 2.0}],
+            {"workers": 1, "mode": "teachers", "teacher_replicas": 3, "gpus_per_teacher": 0.6},
+            r"placement\.teacher_replicas=3 x placement\.gpus_per_teacher=0\.6 does not fit: the nodes have 2 GPUs",
+        ),
         (
             [{"CPU": 1.0, "GPU": 8.0}],
             {"workers": 8, "gpus_per_worker": 1},
@@ -75,3 +89,12 @@ def test_cpus_and_gpus_must_be_on_the_same_node(
 ) -> None:
     with pytest.raises(PlacementError, match=named):
         check_room(nodes, tiny_config(placement=placement), cpus=1)
+
+
+def test_share_of_the_cpus_leaves_a_place_for_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 8.0}, {"CPU": 2.0}]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    for workers, share in ((1, 8), (2, 4), (3, 2), (5, 2), (10, 1)):
+        config = tiny_config(placement={"workers": workers})
+        assert worker_cpus(config) == share
+        check_room(nodes, config, share)

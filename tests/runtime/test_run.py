@@ -509,6 +509,16 @@ def test_diverging_run_stops_before_the_step_names_the_term_and_keeps_what_repla
             r"max_teacher_replicas=1",
         ),
         (["placement.max_staleness=2"], PlacementError, r"placement\.max_staleness=2 must be 0 or 1"),
+        (
+            ["placement.max_staleness=1"],
+            PlacementError,
+            r"max_staleness=1 needs placement\.mode=disaggregated",
+        ),
+        (
+            ["placement.wire_dtype=bf16"],
+            PlacementError,
+            r"wire_dtype=bf16 needs placement\.mode=teachers or disagg",
+        ),
         (["placement.evaluator_gpus=-1"], PlacementError, r"placement\.evaluator_gpus=-1"),
         (["placement.device_gib=0"], PlacementError, r"placement\.device_gib=0 must be positive"),
         (
