@@ -12,7 +12,11 @@ Prints, with medians of interleaved rounds:
     pipeline     the schedule with roles apart at R = 1, 2, 5, 10 and with two ranks of a role, its networks replaced by
                  processes that sleep (two cores can't run three roles at once), against the longest chain of
                  dependencies (ideal) and what is simulated with those roads (predicted)
-    pool         queries per second of 1 to 8 sleeping replicas, against so many times one replica's
+    pool         queries per second of 1 to 8 sleeping replicas, against so many times what one would answer if calls
+                 cost nothing
+
+An update is the trainer's own window. What a run does beside it (figures to the tracker, snapshots, evaluations,
+shards) is left out, of the bare loop too.
 
 Each process has --threads threads, one by default: what is measured is the orchestration, and a step with a thread for
 each core would wait at every operation for the thread whose core one of Ray's idle processes took. The ratio with as
@@ -303,9 +307,7 @@ def updates(rounds: int, batch: int, ratio: int, threads: int, roads: dict[str, 
         "apart": (bench_config(batch, ratio, mode="disaggregated", workers=2, critic_ranks=1), manager),
     }
     second.run(rounds, others, [threads])
-    print(
-        f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds (a pool's passes not counted):"
-    )
+    print(f"one update, batch {batch}, R {ratio}, median of {rounds} interleaved rounds:")
     first.show()
     second.show()
     results: dict[str, Any] = {
@@ -478,11 +480,11 @@ def forwards_of(bare: BareLoop) -> dict[str, float]:
 
 
 class counting:  # noqa: N801
-    """Counts samples through UNets, in batches."""
+    """Counts samples through UNets, in batches; those of a teacher pool by the queries that it is sent."""
 
-    def __init__(self, networks: dict[str, Any], batch: int):
-        self._networks, self._batch = networks, batch
-        self.counts = dict.fromkeys(networks, 0.0)
+    def __init__(self, networks: dict[str, Any], batch: int, pool: Any = None):
+        self._networks, self._batch, self._pool = networks, batch, pool
+        self.counts = dict.fromkeys([*networks, *(["teacher"] if pool else [])], 0.0)
 
     def __enter__(self) -> dict[str, float]:
         def count(role: str, module: Any, args: Any, kwargs: Any) -> None:
@@ -492,11 +494,22 @@ class counting:  # noqa: N801
             network.unet.register_forward_pre_hook(partial(count, role), with_kwargs=True)
             for role, network in self._networks.items()
         ]
+        if self._pool is not None:
+            submit = self._pool.submit
+
+            def counted(query: Any) -> Any:
+                halves = 1 if query.guidance_scale == 1 else 2
+                self.counts["teacher"] += halves * len(query.x_t) / self._batch
+                return submit(query)
+
+            self._pool.submit = counted
         return self.counts
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._pool is not None:
+            del self._pool.submit
 
 
 def train_turns(name: str, config: RunConfig, teachers: Any, turns: Any) -> None:
@@ -547,13 +560,18 @@ def turn_worker(settings: dict[str, Any]) -> None:
     while turn := ray.get(turns.next_turn.remote(name, number)):
         number, threads = turn
         session.world.barrier()
-        with counting(networks, config.train.batch_size) as counts:
+        with counting(networks, config.train.batch_size, pool_client(trainer, config)) as counts:
             seconds, cpu = timed(lambda: trainer.goes_on() and trainer.window(), threads)
         ray.get(turns.count.remote(name, counts))
         session.world.barrier()
         if session.world.rank == 0:
             ray.get(turns.done.remote(name, seconds, cpu))
         session.world.barrier()
+
+
+def pool_client(trainer: Any, config: RunConfig) -> Any:
+    """The rank's side of a pool, if it has one."""
+    return getattr(trainer, "teacher", None) if config.placement.mode != "colocated" else None
 
 
 def part_network(part: Any) -> Any:
