@@ -393,7 +393,9 @@ def service(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
     other = folder / "other_teacher"
     shutil.copytree(ROOT / "raydistill/assets/scenes_teacher", other)
     change_one_weight(other / "unet" / "diffusion_pytorch_model.safetensors")
-    third = Job(folder, "third", nodes.address, [*shared, f"teacher.path={other}"])
+    # with shards of its own: those of the others hold their teacher's latents, and it would be refused for that
+    (folder / "third").mkdir()
+    third = Job(folder / "third", "third", nodes.address, [*shared, f"teacher.path={other}"])
     code = third.process.wait(TIMEOUT_S)
     refused = next((line for line in third.output().splitlines() if line.startswith("raydistill: error")), "")
     for job in jobs.values():
