@@ -335,9 +335,8 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
     assert "raylet" in raylet.name()
     kill_process_of(nodes, "ray::_EvaluatorActor")
     kill_process_of(nodes, "ray::_TeacherActor")
-    wait_for(process, lambda: 2 in snapshots.steps())
     kill_process_of(nodes, "ray::_TrackerActor")
-    wait_for(process, lambda: 4 in snapshots.steps())
+    wait_for(process, lambda: 2 in snapshots.steps())  # early enough that the run can't end before
     raylet.kill()  # and everything that it started, both ranks among it
     output = finish(process, timeout_s=400)
     assert "resumed from" in output
