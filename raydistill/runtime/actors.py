@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
-from raydistill.runtime.settings import RunConfig, config_from_dict
+from raydistill.runtime.settings import config_from_dict
 from raydistill.tracking import Tracker
 
 
@@ -173,26 +173,3 @@ def get(reference: Any) -> Any:
         if isinstance(cause, RayDistillError):
             raise cause from None
         raise
-
-
-def worker_cpus(config: RunConfig) -> int:
-    """CPUs of one training worker: as set, or its share of what a node has beside the teachers."""
-    if config.placement.cpus_per_worker:
-        return config.placement.cpus_per_worker
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = int(free_cpus(nodes, config))
-    # teachers are spread over the nodes here; where they really go is looked at when room is found for them
-    beside = max(node.get("CPU", 0.0) for node in nodes) - largest
-    for share in range(largest, 1, -1):
-        if sum((node.get("CPU", 0.0) - beside) // share for node in nodes) >= config.placement.workers:
-            return share
-    return 1
-
-
-def free_cpus(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> float:
-    """CPUs of the largest node when the teachers are spread over all of them."""
-    placement = config.placement
-    teachers = 0.0
-    if placement.mode != "colocated":
-        teachers = placement.teacher_replicas * placement.cpus_per_teacher
-    return max((node.get("CPU", 0.0) for node in nodes), default=1.0) - teachers / max(1, len(nodes))

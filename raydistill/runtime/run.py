@@ -29,7 +29,7 @@ from raydistill.runtime.summary import summarise, warn_if_not_exportable
 from raydistill.tracking import journal_is_held
 
 if TYPE_CHECKING:
-    from raydistill.runtime.ray_train import Room
+    from raydistill.runtime.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ def _run_on_ray(config: RunConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: the evaluator could not give way then
     import ray
 
-    from raydistill.runtime import actors, ray_train
+    from raydistill.runtime import actors
+    from raydistill.runtime.room import find_room, with_workers
 
     mine = not ray.is_initialized()
     if mine and config.placement.teacher_service and not os.environ.get("RAY_ADDRESS"):
@@ -177,9 +178,8 @@ def _run_on_ray(config: RunConfig) -> None:
     if mine:
         connect()
     try:
-        config = ray_train.with_workers(config)
-        room = ray_train.find_room(config)
-        _train_on_ray(config, room, actors.start_tracker(to_dict(config)))
+        config = with_workers(config)
+        _train_on_ray(config, find_room(config), actors.start_tracker(to_dict(config)))
     finally:
         if mine:
             ray.shutdown()

@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 
 from raydistill.config import apply_overrides
 from raydistill.errors import PlacementError
-from raydistill.runtime.ray_train import check_room
+from raydistill.runtime.room import check_room
 from raydistill.runtime.settings import RunConfig, validate
 from tests.cluster.reduce_crd import reduce_schema, shared
 

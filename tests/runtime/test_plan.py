@@ -14,10 +14,9 @@ import torch
 
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.models.diffusers_hub import random_pixel_pipeline
-from raydistill.runtime.actors import free_cpus, worker_cpus
 from raydistill.runtime.plan import GIB, plan, plan_for
 from raydistill.runtime.ranks import best_num_critic
-from raydistill.runtime.ray_train import check_room, choose_workers
+from raydistill.runtime.room import check_room, choose_workers, worker_cpus
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.simulate import RoleSeconds
 from tests.tiny import tiny_config, tiny_trainer
@@ -235,7 +234,8 @@ def test_chosen_workers_and_their_share_of_the_cpus_fit_beside_the_teachers(
     chosen = tiny_config(placement=placement | {"workers": workers})
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     share = worker_cpus(chosen)
-    assert share == int(free_cpus(nodes, chosen) // chosen.placement.workers)
+    beside = 0.0 if mode == "colocated" else each
+    assert share == int((cpus - beside) // chosen.placement.workers)
     check_room(nodes, chosen, share)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from raydistill.errors import PlacementError
-from raydistill.runtime.actors import worker_cpus
-from raydistill.runtime.ray_train import check_room
+from raydistill.runtime.room import check_room, worker_cpus
 from tests.tiny import tiny_config
 
 
