@@ -491,7 +491,7 @@ class counting:  # noqa: N801
             self.counts[role] += len(args[0]) / self._batch
 
         self._hooks = [
-            network.unet.register_forward_pre_hook(partial(count, role), with_kwargs=True)
+            network.network.register_forward_pre_hook(partial(count, role), with_kwargs=True)
             for role, network in self._networks.items()
         ]
         if self._pool is not None:

@@ -1,8 +1,10 @@
-"""Time one DMD2 generator update with its R critic updates; no Ray, on CPU or GPU.
+r"""Time one generator update with its R critic updates; no Ray, on CPU or GPU.
 
     python jobs/bench_step.py --out step.json               the embedded size and an EDM-like pixel size
     python jobs/bench_step.py --size edm32 --batch 64 --gpu   CIFAR-10's 32x32 pixels, a UNet of 56 M parameters
     python jobs/bench_step.py --job jobs/dmd2_coco.py --out step.json   a job's own networks and settings
+    python jobs/bench_step.py --job jobs/sid_cifar10.py --preset paper --batch 1 --updates 1 \
+        teacher.path=random:edm-cifar10                                 published shapes, random weights
     raydistill plan jobs/dmd2_coco.py --role-times step.json            what they promise on many devices
 
 Each size runs the trainer's own code on random-weight or shipped networks, standard-normal samples standing in for the
@@ -131,7 +133,7 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     networks_by_role = {
         "generator": trainer.generator.denoiser, "critic": trainer.critic.critic.denoiser, "teacher": pipeline.denoiser,
     }  # fmt: skip
-    counts = {role: Count(net.unet) for role, net in networks_by_role.items()}
+    counts = {role: Count(net.network) for role, net in networks_by_role.items()}
     trainer.window()
     for count in counts.values():
         count.reset()
@@ -161,7 +163,7 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         else f"cpu, {torch.get_num_threads()} threads",
         "seconds_median": median,
         "seconds": seconds,
-        "samples_per_s": batch * ratio / median,
+        "samples_per_s": batch * (ratio + trainer.method.critic_first) / median,
         "forward_equivalents": equivalents,
         "forward_equivalents_planned": planned.forwards,
         "peak_gib": peak - (0.0 if arguments.gpu else baseline),
@@ -212,10 +214,12 @@ def job_config(arguments: argparse.Namespace) -> Any:
             generator_updates=10**6,
         )
         ratio = arguments.ratio or config.method.critic_updates_per_generator
+        gates = ("gan_start_update", "generator_rest_updates")
+        from_the_first = {name: 0 for name in gates if hasattr(config.method, name)}
         config = replace(
             config,
             train=train,
-            method=replace(config.method, critic_updates_per_generator=ratio, gan_start_update=0),
+            method=replace(config.method, critic_updates_per_generator=ratio, **from_the_first),
             placement=PlacementConfig(session="inline"),
         )
         validate(config)
@@ -227,25 +231,24 @@ def job_config(arguments: argparse.Namespace) -> Any:
 def job_networks(config: Any) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
     """`networks` of a job."""
     from raydistill.errors import RayDistillError
-    from raydistill.models.diffusers_hub import denoiser_on_meta
-    from raydistill.runtime.build import build_pipeline
-    from raydistill.runtime.settings import teacher_folder
+    from raydistill.runtime.build import build_pipeline, denoiser_on_meta
 
     try:
-        teacher = config.teacher
-        meta = denoiser_on_meta(teacher_folder(teacher), teacher.prediction, teacher.revision)
-        return build_pipeline(config), *meta
+        return build_pipeline(config), *denoiser_on_meta(config)
     except RayDistillError as error:
         sys.exit(f"bench_step: error: {error}")
 
 
 class Count:
-    """Samples that pass through a UNet, by hooks: forward and backward, whole or encoder half only."""
+    """Samples that pass through a U-Net, by hooks: forward and backward, whole or encoder half only."""
 
-    def __init__(self, unet: Any):
+    def __init__(self, network: Any):
+        import torch
+
         self.reset()
-        unet.conv_in.register_forward_hook(self._entered)
-        unet.conv_out.register_forward_hook(self._left)
+        convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+        convolutions[0].register_forward_hook(self._entered)
+        convolutions[-1].register_forward_hook(self._left)
 
     def reset(self) -> None:
         self.forward = self.whole = 0

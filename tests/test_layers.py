@@ -28,6 +28,7 @@ DOORS = {
     "mlflow": ("raydistill/tracking/",),
     "webdataset": ("raydistill/data/",),
     "s3fs": ("raydistill/data/",),
+    "sklearn": ("raydistill/data/",),
     "fsspec": ("raydistill/data/", "raydistill/checkpoint/"),
     "cleanfid": ("raydistill/eval/",),
     # the benchmark measures Ray itself, with actors and ranks that do nothing
@@ -36,7 +37,7 @@ DOORS = {
     "ray.tune": ("raydistill/sweep.py",),
     "optuna": ("raydistill/sweep.py",),
 }
-DISTRIBUTIONS = {"PIL": "pillow", "cleanfid": "clean-fid"}
+DISTRIBUTIONS = {"PIL": "pillow", "cleanfid": "clean-fid", "sklearn": "scikit-learn"}
 # Parts of a declared dependency's interface: its errors (aiohttp, botocore), and what it can't be without.
 COMES_WITH = {"aiohttp": "ray", "botocore": "s3fs", "torchvision": "clean-fid"}
 

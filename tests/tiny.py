@@ -1,6 +1,6 @@
 """A tiny real trainer for tests: random UNet on 3x8x8 pixels, normal data, no files."""
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def tiny_pipeline(seed: int = 0) -> PixelPipeline:
 
 
 def tiny_config(**sections: Any) -> RunConfig:
-    """Small settings that exercise everything: guidance, GAN, EMA."""
+    """Small settings that exercise everything: guidance, GAN, EMA. sections: settings to change, or a whole section."""
     config = RunConfig(
         name="tiny",
         teacher=TeacherConfig(guidance_scale=2.0),
@@ -53,9 +53,11 @@ def tiny_config(**sections: Any) -> RunConfig:
         train=TrainConfig(batch_size=8, generator_updates=4),
         data=DataConfig(shards="none"),
     )
-    return replace(
-        config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()}
-    )
+    changed = {
+        name: section if is_dataclass(section) else replace(getattr(config, name), **section)
+        for name, section in sections.items()
+    }
+    return replace(config, **changed)
 
 
 def tiny_trainer(config: RunConfig, world: World | None = None, scorer: Scorer | None = None) -> Trainer:

@@ -1,10 +1,14 @@
-"""Standard-normal samples with standard-normal conditions in place of data, for benchmarks and tests."""
+"""Standard-normal samples with standard-normal conditions in place of data, for benchmarks and tests.
+
+A condition that is one number is a class, and always the first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 
 from raydistill.data.reader import Batch
 from raydistill.diffusion.random import Draws
@@ -41,6 +45,8 @@ class NormalSource:
             positions = np.arange(start, start + self.micro_batch_size)
             text = {
                 name: self._draws.normal(f"{self.purpose}/{name}", 0, positions, shape)
+                if shape
+                else torch.zeros(len(positions))
                 for name, shape in self.cond_shapes.items()
             }
             latents = (

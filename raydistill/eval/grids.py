@@ -13,23 +13,29 @@ from raydistill.errors import DataError
 _GAP = 4
 _FONT_SIZE = 12
 _MIN_COLUMN = 84
+_IMAGE_WIDTH = 96
 
 
 def grid_png(
-    rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, scale: int = 3
+    rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None = None, scale: int | None = None
 ) -> bytes:
     """A PNG of image rows, each with its label at the left, and one caption above each column.
 
     Args:
         rows: (label, uint8 images [N, 3, H, W]); all rows have the same N, H and W.
         captions: N captions, or None.
-        scale: whole factor by which the images are enlarged, without smoothing.
+        scale: whole factor by which the images are enlarged, without smoothing; None takes the one that makes them
+            about 96 pixels wide.
 
     Raises DataError if the rows don't fit together.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    count, height, width = _check(rows, captions, scale)
+    count, height, width = _check(rows, captions)
+    if scale is None:
+        scale = max(1, round(_IMAGE_WIDTH / width))
+    if scale < 1:
+        raise DataError(f"the scale of a grid must be at least 1, got {scale}")
     font = ImageFont.load_default(_FONT_SIZE)
     line = _FONT_SIZE + 3
     cell_height, cell_width = height * scale, max(width * scale, _MIN_COLUMN if captions else 0)
@@ -63,13 +69,9 @@ def grid_png(
     return buffer.getvalue()
 
 
-def _check(
-    rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None, scale: int
-) -> tuple[int, int, int]:
-    if not rows or scale < 1:
-        raise DataError(
-            f"a grid needs at least one row and a scale of at least 1, got {len(rows)} and {scale}"
-        )
+def _check(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str] | None) -> tuple[int, int, int]:
+    if not rows:
+        raise DataError("a grid needs at least one row")
     shape = rows[0][1].shape
     for label, images in rows:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape != shape:

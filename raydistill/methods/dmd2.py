@@ -27,7 +27,7 @@ from torch import Tensor
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, expand
 from raydistill.diffusion.times import DiscreteUniform, KarrasIndexUniform, TimeSampler
 from raydistill.errors import ConfigError
-from raydistill.methods.method import Losses, Method, Needs, PhaseDraws, Query, RealBatch
+from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -35,7 +35,7 @@ _NUM_LEVELS = 1000  # both published grids, SD's timesteps and EDM's Karras grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2Config:
+class DMD2Config(MethodConfig):
     """Settings of DMD2; defaults are the SD1.5 recipe's (methods.md 1.6) unless said otherwise."""
 
     kind: Literal["dmd2"] = "dmd2"
@@ -67,10 +67,7 @@ class DMD2Config:
     """Data standard deviation in EDM's critic weight sigma^-2 + sigma_data^-2; unused by other schedules."""
 
     def __post_init__(self) -> None:
-        if self.critic_updates_per_generator < 1:
-            raise ConfigError(
-                f"method.critic_updates_per_generator={self.critic_updates_per_generator} must be at least 1"
-            )
+        super().__post_init__()
         times = self.timesteps
         if not times or any(a <= b for a, b in pairwise(times)):
             raise ConfigError(
@@ -112,6 +109,7 @@ class DMD2(Method):
             critic="vjp" if self._gan else "score",
             real_data=self._gan or self.starts_from_real,
             gan_head=self._gan,
+            head_features=config.gan_features,
         )
         self._dm_times = _level_sampler(
             schedule,
@@ -152,7 +150,7 @@ class DMD2(Method):
             return noise * self.config.timesteps[0]
         return noise
 
-    def queries(self, x: Tensor, cond: Cond, draws: PhaseDraws) -> dict[str, Query]:
+    def queries(self, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws) -> dict[str, Query]:
         t = draws.times("dm/t", self._dm_times)
         x_t = self.schedule.add_noise(x.detach(), t, draws.normal("dm/noise", x.shape[1:]))
         asked = {
@@ -183,7 +181,13 @@ class DMD2(Method):
         return Losses(terms, scalars)
 
     def critic_losses(
-        self, critic: Critic, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws
+        self,
+        critic: Critic,
+        x: Tensor,
+        cond: Cond,
+        real: RealBatch | None,
+        draws: PhaseDraws,
+        answers: Mapping[str, Tensor],
     ) -> Losses:
         t = draws.times("dsm/t", self._all_times)
         x_t = self.schedule.add_noise(x, t, draws.normal("dsm/noise", x.shape[1:]))
@@ -204,6 +208,21 @@ class DMD2(Method):
             scalars["critic/fake_accuracy"] = (fake < 0).float().mean()
             scalars["critic/real_accuracy"] = (true > 0).float().mean()
         return Losses(terms, scalars)
+
+    def work(self, *, encoder_share: float, backward: float, guided: bool) -> Work:
+        own_features = self._gan and self.config.gan_features == "critic"
+        gan_generator = 2 * encoder_share if self._gan else 0.0
+        features = 2 * encoder_share * (1 + backward if own_features else 1.0) if self._gan else 0.0
+        rollout = (len(self.config.timesteps) - 1) / 2
+        return Work(
+            rollout=rollout if self.config.rollout == "backward_simulation" else 0.0,
+            critic_answer=1 + (gan_generator if own_features else 0.0),
+            critic_update=1 + backward + (features if own_features else 0.0),
+            teacher_answer=(2 if guided else 1) + (0.0 if own_features else gan_generator),
+            teacher_for_critic=0.0 if own_features else features,
+            # the DSM's and the GAN's graphs are alive together; the GAN's batch holds fake and real samples
+            critic_graphs=1 + (2 * encoder_share if own_features else 0.0),
+        )
 
     def _dsm_weight(self, t: Tensor) -> Tensor:
         """Weight of the squared x0 error at t [B], [B]."""

@@ -9,7 +9,8 @@ One generator update has two halves, so that the runtime may let the networks li
     losses = method.generator_losses(x, queries, answers)
     x.backward(d losses / d x)
 
-Everything a method draws comes from `PhaseDraws`, keyed by seed, phase, step and global sample index.
+Everything a method draws comes from `PhaseDraws`, keyed by seed, phase, step and global sample index: what was drawn
+for one half of an update can be drawn again for the other.
 """
 
 from __future__ import annotations
@@ -27,12 +28,28 @@ from raydistill.diffusion.random import Draws
 from raydistill.diffusion.samplers import few_step
 from raydistill.diffusion.schedules import NoiseSchedule
 from raydistill.diffusion.times import TimeSampler
+from raydistill.errors import ConfigError
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
-Access = Literal["none", "score", "vjp", "parameters"]
-"""How a method uses a network beside the generator: not at all, its output, also gradients to its input, or also to its
-weights, which only a network in the same process can give."""
+Access = Literal["none", "score", "vjp"]
+"""How a method uses a network beside the generator: not at all, its output, or also gradients to its input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What every method's settings have; a method's own class names it by `kind` and states its defaults."""
+
+    kind: str
+    """Name of the method."""
+    critic_updates_per_generator: int = 1
+    """R, critic optimiser steps for each generator optimiser step."""
+
+    def __post_init__(self) -> None:
+        if self.critic_updates_per_generator < 1:
+            raise ConfigError(
+                f"method.critic_updates_per_generator={self.critic_updates_per_generator} must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +60,33 @@ class Needs:
     critic: Access
     real_data: bool
     gan_head: bool = False
+    """Whether the critic has a head of its own on bottleneck features."""
+    head_features: Literal["critic", "teacher"] = "critic"
+    """Whose features the head reads."""
+    teacher_for_critic: bool = False
+    """Whether the critic's losses ask the teacher too."""
+    instant_critic: Literal["identity", "adam"] | None = None
+    """Preconditioner of a critic that is the teacher itself, one infinitesimal step away (moment matching without a
+    network of its own): its update keeps a direction in the space of weights, along which it answers. None: the critic
+    is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a batch costs in each phase, in forward passes through the whole network (a backward pass is 2 of them)."""
+
+    rollout: float = 0.0
+    """Passes without a graph that make the generator's input."""
+    critic_answer: float
+    """The critic's answers to a generator update, gradients to its input included."""
+    critic_update: float
+    """One critic update, backward pass included."""
+    teacher_answer: float
+    """The teacher's answers to a generator update."""
+    teacher_for_critic: float = 0.0
+    """The teacher's answers to one critic update, or the passes through it that a critic update makes."""
+    critic_graphs: float = 1.0
+    """Activations that are alive together in a critic update, in those of one pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +94,17 @@ class Query:
     """One question to one network: a pure function of its fields, so it may be retried, re-routed and cached."""
 
     network: Literal["teacher", "critic"]
-    want: Literal["x0", "features", "logit"]
+    want: Literal["x0", "features", "logit", "logit_map", "tangent"]
+    """x0 [B, C, H, W]; bottleneck features [B, D, h, w]; the head's logit [B]; the mean of the features over their
+    channels, a discriminator without weights of its own [B, h, w]; the change of x0 along an instant critic's direction
+    [B, C, H, W]."""
     x_t: Tensor
     """[B, C, H, W]; the answer is differentiable with respect to it exactly if it requires a gradient."""
     t: Tensor
     """[B], schedule units."""
     cond: Cond
     guidance_scale: float = 1.0
+    """Of x0, teacher's or critic's."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +158,10 @@ class PhaseDraws:
         t = sampler.sample(self._draws, f"{self._phase}/{name}", self.step, self._positions)
         return t.to(self._device)
 
+    def uniform(self, name: str) -> Tensor:
+        """[B] in [0, 1), float64."""
+        return self._draws.uniform(f"{self._phase}/{name}", self.step, self._positions).to(self._device)
+
     def integers(self, name: str, low: int, high: int) -> Tensor:
         """[B] int64 in [low, high)."""
         drawn = self._draws.integers(f"{self._phase}/{name}", self.step, self._positions, low, high)
@@ -128,10 +180,15 @@ class Method(ABC):
     needs: Needs
     critic_updates_per_generator: int
     """R: critic optimiser steps for each generator optimiser step."""
+    critic_first: bool = False
+    """The order of a window. False: the generator's update, then R critic updates, the first of them on the very
+    samples of the generator's update. True: R critic updates, each on fresh samples, then the generator's on others."""
     starts_from_real: bool = False
     """Whether `generator_input` noises real samples; their captions then condition the generator."""
     sampling_times: tuple[float, ...]
     """Descending noise levels at which the generator is run to make an image."""
+    sampler: str = "few_step"
+    """How `sample` goes from one of them to the next: a function of `diffusion.samplers`."""
 
     @abstractmethod
     def pure_noise(self, noise: Tensor) -> Tensor:
@@ -153,9 +210,13 @@ class Method(ABC):
             noise=renoise,
         )
 
-    @abstractmethod
     def gan_on(self, generator_update: int) -> bool:
         """Whether adversarial terms take part in this update (stage 2)."""
+        return False
+
+    def generator_rests(self, generator_update: int) -> bool:
+        """Whether the generator's optimiser step is left out of this update, so that only the critic learns."""
+        return False
 
     @abstractmethod
     def generator_input(
@@ -164,8 +225,11 @@ class Method(ABC):
         """(x_in [B, *shape], t_in [B]) of the generator call that gets the gradient; no graph."""
 
     @abstractmethod
-    def queries(self, x: Tensor, cond: Cond, draws: PhaseDraws) -> dict[str, Query]:
-        """What the losses at the generated samples x need from the other networks."""
+    def queries(self, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws) -> dict[str, Query]:
+        """What the losses at the generated samples x need from the other networks.
+
+        real: what `generator_input` started from, None unless `starts_from_real`.
+        """
 
     @abstractmethod
     def generator_losses(
@@ -173,8 +237,31 @@ class Method(ABC):
     ) -> Losses:
         """Losses as functions of x (a leaf that requires a gradient) and the answers."""
 
+    def critic_queries(
+        self, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws
+    ) -> dict[str, Query]:
+        """What the critic's losses at detached generated samples x need from the teacher."""
+        return {}
+
     @abstractmethod
     def critic_losses(
-        self, critic: Critic, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws
+        self,
+        critic: Critic,
+        x: Tensor,
+        cond: Cond,
+        real: RealBatch | None,
+        draws: PhaseDraws,
+        answers: Mapping[str, Tensor],
     ) -> Losses:
-        """Losses of the critic on detached generated samples x and, where needed, real ones."""
+        """Losses of the critic on detached generated samples x and, where needed, real ones.
+
+        answers: to `critic_queries`, without a graph.
+        """
+
+    @abstractmethod
+    def work(self, *, encoder_share: float, backward: float, guided: bool) -> Work:
+        """What the phases cost.
+
+        encoder_share: of a forward pass, what bottleneck features cost. backward: of a pass with weight gradients, in
+        forward passes. guided: whether the teacher makes two passes for an answer.
+        """

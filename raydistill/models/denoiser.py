@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from raydistill.diffusion.guidance import guide
+from raydistill.diffusion.parametrization import Prediction
 from raydistill.diffusion.schedules import NoiseSchedule
 from raydistill.errors import ConfigError
 
@@ -59,10 +61,31 @@ class Denoiser(nn.Module, ABC):
     """
 
     schedule: NoiseSchedule
+    prediction: Prediction = "x0"
+    """What the network itself predicts."""
+    dtype: str = "fp32"
+    """What the network computes in; fp32 weights then run under autocast."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that does the work, which is compiled, counted and laid out in memory."""
+        return self
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x0 [B, C, H, W]."""
+
+    def cast(self, dtype: str) -> Self:
+        """Weights and arithmetic in `dtype`, in place; for a network that is not trained."""
+        self.network.to(DTYPES[dtype])
+        self.dtype = dtype
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass. Raises ConfigError where the network can't."""
+        raise ConfigError(
+            f"train.activation_checkpointing=true: {type(self).__name__} can't recompute its activations"
+        )
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Bottleneck features [B, D, h, w], computed without the decoder half."""
@@ -72,8 +95,13 @@ class Denoiser(nn.Module, ABC):
         )
 
     @property
-    def feature_channels(self) -> int:
-        """D of `features`. Raises ConfigError where the network has none."""
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the samples that the network is made for. Raises ConfigError where it fits any."""
+        raise ConfigError(f"{type(self).__name__} is made for samples of any shape")
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(D, h, w) of `features`. Raises ConfigError where the network has none."""
         raise ConfigError(f"{type(self).__name__} has no bottleneck features (needed by a GAN head)")
 
 
@@ -106,6 +134,24 @@ def frozen_weights(module: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
+
+
+def skeleton(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without its weights, as it travels between processes; `with_weights` makes it whole."""
+    state = denoiser.state_dict(keep_vars=True)
+    memo: dict[int, Any] = {}
+    for tensor in state.values():
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(denoiser, memo)
+
+
+def with_weights(denoiser: Denoiser, weights: Mapping[str, Tensor]) -> Denoiser:
+    """A `skeleton` on these very tensors, which are not copied; frozen."""
+    denoiser.load_state_dict(weights, assign=True)
+    return denoiser.eval().requires_grad_(False)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -6,13 +6,10 @@ with their tokenizers, and a scheduler whose configuration states the noise sche
 
 from __future__ import annotations
 
-import copy
 import functools
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +21,7 @@ from raydistill.diffusion.parametrization import Prediction, to_x0
 from raydistill.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from raydistill.errors import ConfigError
 from raydistill.models.denoiser import DTYPES, Cond, Denoiser
+from raydistill.models.pipeline import Pipeline, weights_fingerprint
 from raydistill.torchvision_ops import ensure_torchvision_importable
 
 if TYPE_CHECKING:
@@ -65,11 +63,12 @@ class UNetDenoiser(Denoiser):
         self.prediction: Prediction = prediction
         self.dtype = dtype
 
-    def cast(self, dtype: str) -> UNetDenoiser:
-        """Weights and arithmetic in `dtype`, in place; for a network that is not trained."""
-        self.unet.to(DTYPES[dtype])
-        self.dtype = dtype
-        return self
+    @property
+    def network(self) -> nn.Module:
+        return self.unet
+
+    def checkpoint_activations(self) -> None:
+        self.unet.enable_gradient_checkpointing()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self._precision(x_t):
@@ -104,8 +103,15 @@ class UNetDenoiser(Denoiser):
         return sample
 
     @property
-    def feature_channels(self) -> int:
-        return int(self.unet.config.block_out_channels[-1])
+    def sample_shape(self) -> tuple[int, int, int]:
+        size = int(self.unet.config.sample_size)
+        return int(self.unet.config.in_channels), size, size
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        channels = self.unet.config.block_out_channels
+        size = self.unet.config.sample_size // 2 ** (len(channels) - 1)
+        return int(channels[-1]), size, size
 
     def _added(self, cond: Cond) -> dict[str, Tensor] | None:
         if self.unet.config.addition_embed_type != "text_time":
@@ -125,7 +131,7 @@ class UNetDenoiser(Denoiser):
         return nullcontext() if wanted == self._weights_dtype else torch.autocast(x.device.type, dtype=wanted)
 
 
-class TextToImage:
+class TextToImage(Pipeline):
     """A loaded text-to-image pipeline: denoiser, image codec, text encoder(s), null condition, fingerprint."""
 
     def __init__(
@@ -143,15 +149,12 @@ class TextToImage:
         self.tokenizers = list(tokenizers)
         self.text_encoders = list(text_encoders)
         self.fingerprint = fingerprint
-        """sha256 over the weights of the UNet, the codec and the text encoders."""
         self._zero_null_prompt = zero_null_prompt
         self._null: Cond | None = None
-        size = denoiser.unet.config.sample_size
-        self.latent_shape: tuple[int, int, int] = (denoiser.unet.config.in_channels, size, size)
+        self.latent_shape = denoiser.sample_shape
 
     @property
     def image_size(self) -> int:
-        """Edge of the square images in pixels."""
         return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
@@ -196,10 +199,6 @@ class TextToImage:
                 null |= {name: torch.zeros_like(null[name]) for name in ("text", "pooled") if name in null}
             self._null = Cond(null)
         return self._null.expand(batch_size)
-
-    def copy_denoiser(self, dtype: str) -> UNetDenoiser:
-        """A trainable copy with fp32 weights of its own."""
-        return trainable(copy.deepcopy(self.denoiser), dtype)
 
     def to(self, device: torch.device | str) -> TextToImage:
         for module in (self.denoiser, self.vae, *self.text_encoders):
@@ -258,7 +257,7 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
         vae,
         tokenizers,
         encoders,
-        fingerprint=_fingerprint([unet, vae, *encoders]),
+        fingerprint=weights_fingerprint([unet, vae, *encoders]),
         zero_null_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -318,40 +317,6 @@ def read_json(file: Path, path: str) -> dict[str, Any]:
         raise ConfigError(f"teacher.path={path!r}: {file.name} is not JSON ({error})") from error
 
 
-def _fingerprint(modules: Sequence[nn.Module]) -> str:
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            raw = tensor.detach().cpu().contiguous()
-            digest.update(raw.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class DenoiserParts:
-    """A denoiser without its weights, as it travels between processes."""
-
-    config: dict[str, Any]
-    schedule: NoiseSchedule
-    prediction: Prediction
-    dtype: str
-
-    @staticmethod
-    def of(denoiser: UNetDenoiser) -> DenoiserParts:
-        return DenoiserParts(
-            dict(denoiser.unet.config), denoiser.schedule, denoiser.prediction, denoiser.dtype
-        )
-
-    def build(self, weights: Mapping[str, Tensor]) -> UNetDenoiser:
-        """The frozen denoiser on these very tensors, which are not copied."""
-        with torch.device("meta"):
-            unet = import_diffusers().UNet2DConditionModel.from_config(self.config)
-        denoiser = UNetDenoiser(unet, self.schedule, self.prediction, self.dtype)
-        denoiser.load_state_dict(weights, assign=True)
-        return denoiser.eval().requires_grad_(False)
-
-
 def denoiser_on_meta(
     path: str, prediction: str = "auto", revision: str | None = None
 ) -> tuple[UNetDenoiser, dict[str, tuple[int, ...]]]:
@@ -375,21 +340,30 @@ def denoiser_on_meta(
     return UNetDenoiser(unet, schedule, predicted), shapes
 
 
-class PixelPipeline:
+class PixelPipeline(Pipeline):
     """A denoiser of pixels with random weights, for benchmarks: no codec, conditions stand in for text."""
 
     def __init__(self, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]):
         self.denoiser = denoiser
         self.fingerprint = "random"
-        unet = denoiser.unet.config
-        self.latent_shape: tuple[int, int, int] = (unet.in_channels, unet.sample_size, unet.sample_size)
+        self.latent_shape = denoiser.sample_shape
         self._cond_shapes = cond_shapes
+
+    @property
+    def image_size(self) -> int:
+        return self.latent_shape[1]
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def encode_text(self, captions: Sequence[str]) -> Cond:
+        return self.null_cond(len(captions))
 
     def null_cond(self, batch_size: int) -> Cond:
         return Cond({name: torch.zeros(batch_size, *shape) for name, shape in self._cond_shapes.items()})
-
-    def copy_denoiser(self, dtype: str) -> UNetDenoiser:
-        return trainable(copy.deepcopy(self.denoiser), dtype)
 
     def to(self, device: torch.device | str) -> PixelPipeline:
         self.denoiser.to(device)
@@ -427,15 +401,3 @@ def random_pixel_pipeline(
     unet = import_diffusers().UNet2DConditionModel(**settings).eval().requires_grad_(False)
     pipeline = PixelPipeline(UNetDenoiser(unet, schedule, prediction), shapes)
     return pipeline, UNetDenoiser(meta, schedule, prediction), shapes
-
-
-def trainable(denoiser: UNetDenoiser, dtype: str) -> UNetDenoiser:
-    """This very denoiser with fp32 weights, ready to be trained, computing in `dtype`."""
-    unet = denoiser.unet.float()
-    for module in unet.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = (
-                0.0  # it would draw from torch's global generator, and the teacher has none at inference
-            )
-    denoiser.dtype = dtype
-    return denoiser.requires_grad_(True)

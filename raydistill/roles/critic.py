@@ -30,10 +30,17 @@ class CriticTrainer:
         self._scalars: list[dict[str, Tensor]] = []
 
     def answer(self, query: Query) -> Tensor:
-        """x0 [B, C, H, W] or logit [B]; gradients reach `query.x_t` if it wants one, never the critic's weights."""
-        with torch.set_grad_enabled(query.x_t.requires_grad), frozen_weights(self.critic):
-            ask = self.critic if query.want == "x0" else self.critic.logits
-            return ask(query.x_t, query.t, query.cond)
+        """x0 [B, C, H, W], logit [B] or logit map [B, h, w]; gradients reach `query.x_t` if it wants one, never the
+        critic's weights."""
+        x_t, t, cond = query.x_t, query.t, query.cond
+        with torch.set_grad_enabled(x_t.requires_grad), frozen_weights(self.critic):
+            if query.want == "x0":
+                return self.critic(x_t, t, cond, query.guidance_scale)
+            if query.want == "logit":
+                return self.critic.logits(x_t, t, cond)
+            if query.want == "logit_map":
+                return self.critic.logit_map(x_t, t, cond)
+            raise ValueError(f"this critic answers x0, logit and logit_map, not {query.want}")
 
     def backward(self, losses: Losses, num_micro_batches: int) -> None:
         """Accumulate one micro-batch's gradient."""

@@ -20,17 +20,17 @@ from raydistill.checkpoint import Snapshot, unprefixed
 from raydistill.data.coco import read_coco
 from raydistill.data.images import load_image
 from raydistill.diffusion.random import Draws
-from raydistill.diffusion.samplers import ddim, trailing_times
+from raydistill.diffusion.samplers import ddim, heun, karras_times, trailing_times
+from raydistill.diffusion.schedules import VPDiscreteSchedule
 from raydistill.errors import ConfigError
-from raydistill.eval.features import IMAGE_SIZE, SceneNet, load_scene_net, scene_net_sha256
+from raydistill.eval.detectors import DetectorName, detector_for
 from raydistill.eval.frechet import FeatureStatistics, frechet_distance
 from raydistill.eval.grids import grid_png
 from raydistill.eval.kid import kernel_distance
-from raydistill.eval.prompt_accuracy import prompt_accuracy
 from raydistill.eval.protocol import Protocol, to_uint8
 from raydistill.methods.method import Method
 from raydistill.models.denoiser import Cond, denoise_guided
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.generator import Weights, generator_weights
 
 
@@ -43,9 +43,13 @@ class EvaluatorConfig:
     every: int = 50
     """Generator updates between evaluated snapshots; the first and the last one always are."""
     coco: str = "builtin:scenes"
-    """COCO-format folder of the reference images and the captions that are drawn."""
+    """COCO-format folder of the reference images and the captions that are drawn; builtin:scenes and builtin:digits are
+    written by the project."""
     split: str = "val"
     """Its split."""
+    detector: DetectorName = "scenes"
+    """Network in whose features figures are taken, for the embedded data alone: scenes (SceneNet, 32x32 images, prompt
+    accuracy) or digits (DigitNet, 8x8 images, label accuracy)."""
     num_samples: int = 1000
     """Images per figure; it is part of the metric's name."""
     batch_size: int = 100
@@ -55,7 +59,8 @@ class EvaluatorConfig:
     weights: Weights = "raw"
     """Which weights of the generator: as trained, or their EMA."""
     teacher_steps: int = 25
-    """DDIM steps of the teacher's own figure."""
+    """Steps of the teacher's own figure: of DDIM for teachers with discrete timesteps, otherwise of EDM's Heun sampler,
+    whose n steps evaluate the network 2n - 1 times."""
     grid_images: int = 8
     """Columns of the picture."""
     threads: int = 2
@@ -103,7 +108,7 @@ class Evaluator:
     def __init__(
         self,
         config: EvaluatorConfig,
-        pipeline: TextToImage,
+        pipeline: Pipeline,
         method: Method,
         guidance_scale: float,
         *,
@@ -112,7 +117,7 @@ class Evaluator:
     ):
         """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights.
 
-        Raises ConfigError if the reference has too few captions or images of another size.
+        Raises ConfigError if the reference has too few captions or the images are not of the detector's size.
         """
         self.config = config
         self.pipeline = pipeline.to(device)
@@ -125,7 +130,13 @@ class Evaluator:
         for denoiser in (pipeline.denoiser, self._generator, self._critic):
             denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._draws = Draws(config.seed)
-        self._net: SceneNet = load_scene_net().to(device)
+        self._detector = detector_for(config.detector).to(device)
+        if pipeline.image_size != self._detector.image_size:
+            edge, wanted = pipeline.image_size, self._detector.image_size
+            raise ConfigError(
+                f"evaluator.detector={config.detector!r} judges {wanted}x{wanted} images, this teacher's are "
+                f"{edge}x{edge}: choose the one for its data, or set evaluator.enabled=false"
+            )
 
         images = [image for image in read_coco(config.coco, config.split) if image.captions]
         if len(images) < config.num_samples:
@@ -139,20 +150,21 @@ class Evaluator:
         digest = hashlib.sha256()
         for start in range(0, len(images), config.batch_size):
             batch = [
-                load_image(image.path, IMAGE_SIZE) for image in images[start : start + config.batch_size]
+                load_image(image.path, self._detector.image_size)
+                for image in images[start : start + config.batch_size]
             ]
             pixels = to_uint8(torch.stack(batch))
             digest.update(pixels.numpy().tobytes())
-            reference.append(self._net.features(pixels.to(device)))
+            reference.append(self._detector(pixels.to(device))[0])
             self._reference.update(reference[-1])
         self._reference_features = torch.cat(reference)
         self.protocol = Protocol(
-            name="scenes-val",
+            name=f"{config.detector}-{config.split}",
             metric="toyfid",
             num_samples=config.num_samples,
             seed=config.seed,
-            detector="SceneNet",
-            detector_sha256=scene_net_sha256(),
+            detector=self._detector.name,
+            detector_sha256=self._detector.sha256,
             reference=f"{Path(config.coco).name}/{config.split}",
             reference_sha256=digest.hexdigest(),
             num_reference=len(images),
@@ -160,7 +172,7 @@ class Evaluator:
             resize="none",
             uint8_rule="round",
             caption_rule="first caption of each image, in order",
-            sampler="few_step",
+            sampler=method.sampler,
             num_steps=len(method.sampling_times),
             guidance_scale=1.0,
             weights=config.weights,
@@ -178,11 +190,17 @@ class Evaluator:
         return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
 
     def evaluate_teacher(self) -> Evaluation:
-        """The teacher's own figures: DDIM with guidance, same noise and captions; cached by protocol and weights."""
+        """The teacher's own figures: its sampler, guided, same noise and captions; cached by protocol and weights.
+
+        Raises ConfigError where guidance is asked of a teacher without a null condition.
+        """
+        steps = self.config.teacher_steps
+        discrete = isinstance(self.pipeline.denoiser.schedule, VPDiscreteSchedule)
+        sampler, evaluations = ("ddim", steps) if discrete else ("heun", 2 * steps - 1)
         protocol = replace(
             self.protocol,
-            sampler="ddim",
-            num_steps=self.config.teacher_steps,
+            sampler=sampler,
+            num_steps=evaluations,
             guidance_scale=self.guidance_scale,
             weights="raw",
         )
@@ -207,15 +225,15 @@ class Evaluator:
         drawn: list[Tensor] = []
         shown: list[Tensor] = []
         for indices in self._batches():
-            features, objects = self._net(generate(indices))
+            features, objects = self._detector(generate(indices))
             statistics.update(features)
             drawn.append(features)
             shown.append(objects.cpu())
-        accuracy = prompt_accuracy(torch.cat(shown), self.captions)
+        accuracy = self._detector.accuracy(torch.cat(shown), self.captions)
         return {
             protocol.key(f"{who}toyfid"): frechet_distance(statistics, self._reference),
             protocol.key(f"{who}toykid"): kernel_distance(torch.cat(drawn), self._reference_features),
-            protocol.key(f"{who}prompt_accuracy"): accuracy,
+            protocol.key(f"{who}{self._detector.accuracy_metric}"): accuracy,
         }
 
     def _batches(self) -> Iterator[list[int]]:
@@ -238,12 +256,19 @@ class Evaluator:
         cond = self._cond(indices)
         null = self.pipeline.null_cond(len(indices))
         denoiser = self.pipeline.denoiser
-        latents = ddim(
-            lambda x_t, t: denoise_guided(denoiser, x_t, t, cond, null, self.guidance_scale),
-            denoiser.schedule,
-            [*trailing_times(self.config.teacher_steps), denoiser.schedule.t_clean],
-            self._noise("eval/noise", indices),
-        )
+        schedule, steps = denoiser.schedule, self.config.teacher_steps
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            return denoise_guided(denoiser, x_t, t, cond, null, self.guidance_scale)
+
+        noise = self._noise("eval/noise", indices)
+        if isinstance(schedule, VPDiscreteSchedule):
+            times = trailing_times(steps, schedule.num_train_timesteps)
+            latents = ddim(denoise, schedule, [*times, schedule.t_clean], noise)
+        else:
+            times = karras_times(steps, schedule)
+            x_T = schedule.sigma(torch.tensor(schedule.t_max)).item() * noise
+            latents = heun(denoise, schedule, [*times, schedule.t_clean], x_T)
         return to_uint8(self.pipeline.decode(latents))
 
     @torch.no_grad()

@@ -29,6 +29,9 @@ class GeneratorConfig(OptimizerConfig):
     ema_halflife_images: float = 0.0
     """Half-life of the weights' EMA in images, train.batch_size for each generator update; 0 keeps none (DMD2's
     official code has none)."""
+    ema_ramp: float | None = None
+    """Bound of the half-life early in the run, as a share of the images so far: 0.05 in EDM's and SiD's code
+    (arXiv:2206.00364, arXiv:2404.04057). none: no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +39,8 @@ class GeneratorConfig(OptimizerConfig):
             raise ConfigError(
                 f"generator.ema_halflife_images={self.ema_halflife_images} must not be negative; 0 keeps no EMA"
             )
+        if self.ema_ramp is not None and not self.ema_ramp > 0:
+            raise ConfigError(f"generator.ema_ramp={self.ema_ramp} must be positive, or none")
 
 
 class GeneratorTrainer:
@@ -44,7 +49,9 @@ class GeneratorTrainer:
     def __init__(self, denoiser: Denoiser, config: GeneratorConfig, world: World, total_steps: int):
         self.denoiser = denoiser.train()
         self.optimizer = RoleOptimizer("generator", denoiser, config, world, total_steps)
-        self.ema = EMA(denoiser, config.ema_halflife_images) if config.ema_halflife_images > 0 else None
+        self.ema: EMA | None = None
+        if config.ema_halflife_images > 0:
+            self.ema = EMA(denoiser, config.ema_halflife_images, config.ema_ramp)
         self._scalars: list[dict[str, Tensor]] = []
 
     def sample(
@@ -101,12 +108,20 @@ class GeneratorTrainer:
             self.ema.update(images)
         return values
 
+    def rest(self) -> dict[str, float]:
+        """Forget what was accumulated, without a step; its scalars of this process."""
+        scalars, self._scalars = mean_scalars(self._scalars), []
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        scalars.pop("sample/mean_square", None)
+        return {name: float(value) for name, value in scalars.items()}
+
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
         tensors, state = self.optimizer.save()
         tensors |= prefixed(state_for_saving(self.denoiser), _PREFIX["raw"])
         if self.ema is not None:
             tensors |= prefixed(self.ema.weights(), _PREFIX["ema"])
+            state["ema_images_seen"] = self.ema.images_seen
         return tensors, state
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -114,7 +129,7 @@ class GeneratorTrainer:
         self.denoiser.load_state_dict(unprefixed(tensors, _PREFIX["raw"]))
         self.optimizer.load(tensors, state)
         if self.ema is not None:
-            self.ema.load(unprefixed(tensors, _PREFIX["ema"]))
+            self.ema.load(unprefixed(tensors, _PREFIX["ema"]), state["ema_images_seen"])
 
 
 def generator_weights(snapshot: Snapshot, weights: Weights) -> dict[str, Tensor]:

@@ -34,15 +34,16 @@ class OptimizerConfig:
     lr_schedule: Literal["constant", "linear"] = "constant"
     """After warm-up: constant, as DMD2 does, or falling linearly to 0 at the run's last step (train.generator_updates,
     which a resumed run then can't change)."""
-    clip_norm: float = 10.0
-    """Largest gradient norm; larger gradients are scaled down."""
+    clip_norm: float | None = 10.0
+    """Largest gradient norm; larger gradients are scaled down. none: never (SiD)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"generator.{name} and critic.{name} must be positive, got {getattr(self, name)}"
-                )
+        if not self.lr > 0:
+            raise ConfigError(f"generator.lr and critic.lr must be positive, got {self.lr}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(
+                f"generator.clip_norm and critic.clip_norm must be positive or none, got {self.clip_norm}"
+            )
         if self.lr_gan_stage is not None and not self.lr_gan_stage > 0:
             raise ConfigError(
                 f"generator.lr_gan_stage and critic.lr_gan_stage must be positive or none, got {self.lr_gan_stage}"
@@ -63,6 +64,8 @@ class RoleOptimizer:
     def __init__(self, role: str, module: nn.Module, config: OptimizerConfig, world: World, total_steps: int):
         """total_steps: of this role in the whole run, at which a linear schedule ends."""
         self.role = role
+        self.advice = f"lower {role}.lr, now {config.lr}, or use train.dtype=fp32"
+        """What may help where figures are not finite."""
         self.total_steps = total_steps
         self.config = config
         self.world = world
@@ -88,10 +91,11 @@ class RoleOptimizer:
             base *= 1.0 - self.steps / self.total_steps
         return base
 
-    def step(self, scalars: dict[str, Tensor], *, gan_stage: bool) -> dict[str, float]:
-        """Take one optimiser step and return the scalars, averaged over the ranks, with the gradient norm.
+    def averaged(self, scalars: dict[str, Tensor]) -> tuple[list[nn.Parameter], Tensor, dict[str, float]]:
+        """Average the accumulated gradients and the scalars over the ranks: the weights that have gradients, the
+        gradients' norm, and the scalars with it.
 
-        Raises TrainingError, before anything moved, if a scalar or the gradient is not finite.
+        Raises TrainingError, the gradients then being dropped, if a scalar or the gradient is not finite.
         """
         weights = [p for p in self._weights if p.grad is not None]
         gradients = [p.grad for p in weights if p.grad is not None]
@@ -110,9 +114,18 @@ class RoleOptimizer:
             packed[names.index(LARGEST)] = largest
         values = dict(zip(names, packed.tolist(), strict=True))  # the step's one host synchronisation
         self._require_finite(values)
-        if values[names[-1]] > self.config.clip_norm:
+        return weights, norm, values
+
+    def step(self, scalars: dict[str, Tensor], *, gan_stage: bool) -> dict[str, float]:
+        """Take one optimiser step and return the scalars, averaged over the ranks, with the gradient norm.
+
+        Raises TrainingError, before anything moved, if a scalar or the gradient is not finite.
+        """
+        weights, norm, values = self.averaged(scalars)
+        clip_norm = self.config.clip_norm
+        if clip_norm is not None and values[f"grad_norm/{self.role}"] > clip_norm:
             self.clipped_steps += 1
-            torch.nn.utils.clip_grads_with_norm_(weights, self.config.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
         lr = self.lr(gan_stage)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -139,7 +152,7 @@ class RoleOptimizer:
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"{self.role} step {self.steps} stopped before the weights moved: non-finite {', '.join(bad)} "
-                f"(lower {self.role}.lr, now {self.config.lr}, or use train.dtype=fp32)"
+                f"({self.advice})"
             )
 
 

@@ -9,6 +9,9 @@
     x' for u.1 ... u.(R-1) --------------------------------> critic updates u.1 ... u.(R-1)
                         <---------------------------------- figures of the window
 
+Where the method's critic learns first (SiD, moment matching), a window begins with x' for u.0 ... u.(R-1) and x_u, and
+the answers come after the critic's updates.
+
 Conditions, noise levels and noise do not travel: both sides read and draw them, keyed by the same positions. The
 critic's answer carries no graph; where the losses differentiate through it, its backward is one more message each way.
 With placement.max_staleness=1 the critic answers update u+1 before its window u, and both sides work at once.
@@ -28,8 +31,8 @@ import torch
 from torch import Tensor
 
 from raydistill.methods.method import Query, RealBatch
-from raydistill.models.denoiser import Cond, frozen_weights
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.denoiser import Cond, Denoiser, frozen_weights
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.world import World
@@ -141,7 +144,7 @@ class GeneratorRank(GeneratorSide):
         session: Session,
         ranks: Partition,
         world: World,
-        pipeline: TextToImage | None = None,
+        pipeline: Pipeline | None = None,
         open_reader: OpenReader | None = None,
     ):
         """world: the generator ranks. pipeline, open_reader: instead of those that the settings name."""
@@ -171,6 +174,10 @@ class GeneratorRank(GeneratorSide):
         started = time.perf_counter()
         update, r = self.progress.generator_updates, self.method.critic_updates_per_generator
         self._wired.lanes.begin_window()
+        if self.method.critic_first:
+            self.ask_ahead(update)
+            for k in range(r):
+                self._send_fresh(update, k)
         asked = list(self.asked(update))
         if self._sent != update:
             self._send_batch([each.leaf for each in asked])
@@ -181,13 +188,10 @@ class GeneratorRank(GeneratorSide):
             waited += time.perf_counter() - before
             answers |= {name: pending.answer() for name, pending in each.pending.items()}
             self.generator_backward(each, answers, partial(self._release, micro))
-        values = self.generator.step(self.config.train.batch_size, gan_stage=self.gan_stage(update))
-        for k in sampling_order(r):
+        values = self.generator_step(update, gan_stage=self.gan_stage(update))
+        for k in () if self.method.critic_first else sampling_order(r):
             if k:
-                step = update * r + k
-                reals = self.batches.real(step, wanted=self.method.starts_from_real)
-                prompts = self.fresh_prompts(update, k)
-                self._send_batch([self.fresh_sample(step, these, next(reals)).x for these in prompts])
+                self._send_fresh(update, k)
             elif ahead := self.ask_ahead(update + 1):
                 self._send_batch([each.leaf for each in ahead])
                 self._sent = update + 1
@@ -219,6 +223,14 @@ class GeneratorRank(GeneratorSide):
                 values = {}
         return values
 
+    def _send_fresh(self, update: int, k: int) -> None:
+        """Samples for the k-th critic update of a window."""
+        reals = self.batches.real(self.real_number(update, k), wanted=self.method.starts_from_real)
+        step = update * self.method.critic_updates_per_generator + k
+        self._send_batch(
+            [self.fresh_sample(step, these, next(reals)).x for these in self.fresh_prompts(update, k)]
+        )
+
     def _send_batch(self, micro_batches: Sequence[Tensor]) -> None:
         """This rank's slice of a batch to the critic ranks that hold it."""
         batch = torch.cat([x.detach() for x in micro_batches])
@@ -234,7 +246,8 @@ class GeneratorRank(GeneratorSide):
         expected: list[list[tuple[_Piece, Expected]]] = [[] for _ in names]
         for piece in self._pieces(micro):
             for number, name in enumerate(names):
-                shape = answer_shape(asked.queries[name], piece.stop - piece.start)
+                query = asked.queries[name]
+                shape = answer_shape(query, piece.stop - piece.start, self.generator.denoiser)
                 expected[number].append((piece, self._wired.lanes.expect(shape, piece.transfer.critic)))
         answers = {}
         for number, name in enumerate(names):
@@ -246,9 +259,13 @@ class GeneratorRank(GeneratorSide):
         return answers
 
 
-def answer_shape(query: Query, rows: int) -> tuple[int, ...]:
-    """Shape of an answer of the critic."""
-    return (rows,) if query.want == "logit" else (rows, *query.x_t.shape[1:])
+def answer_shape(query: Query, rows: int, denoiser: Denoiser) -> tuple[int, ...]:
+    """Shape of an answer of the critic, whose network is shaped as `denoiser`."""
+    if query.want == "logit":
+        return (rows,)
+    if query.want == "logit_map":
+        return (rows, *denoiser.feature_shape[1:])
+    return (rows, *query.x_t.shape[1:])
 
 
 class CriticRank(CriticSide):
@@ -260,12 +277,14 @@ class CriticRank(CriticSide):
         session: Session,
         ranks: Partition,
         world: World,
-        pipeline: TextToImage | None = None,
+        pipeline: Pipeline | None = None,
         open_reader: OpenReader | None = None,
     ):
         """world: the critic ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
         self.build_critic(adopt=True)
+        assert self.elsewhere is not None  # roles apart have their teacher in a pool
+        self.teacher = self.elsewhere
         self._wired = _Wired(config, session, ranks)
         self._x: dict[int, Tensor] = {}
         """This rank's slice of the samples of generator updates to come."""
@@ -293,6 +312,8 @@ class CriticRank(CriticSide):
         update, r = self.progress.generator_updates, self.method.critic_updates_per_generator
         gan_stage = self.gan_stage(update)
         self._wired.lanes.begin_window()
+        if self.method.critic_first:
+            return self._end_window(started, self._critic_first(update, gan_stage=gan_stage))
         if update not in self._x:
             self._x[update] = self._join(self._expect_batch())
         if self._served < update:
@@ -310,16 +331,38 @@ class CriticRank(CriticSide):
         values: dict[str, float] = {}
         mine = self._x.pop(update)
         for k in range(r):
-            step = update * r + k
-            wanted = gan_stage or self.method.starts_from_real
-            reals, conditions = tee(self.batches.real(step, wanted=wanted))
             prompts = self.fresh_prompts(update, k) if k else iter(self._prompts.pop(update))
             x = self._join(expected[k]) if k else mine
-            self.kept = list(self._micro_batches(x, prompts, conditions))
-            values |= self.critic_update(step, iter(self.kept), reals, gan_stage=gan_stage)
+            values |= self._learn(update, k, x, prompts, gan_stage=gan_stage)
         if following is not None and update + 1 not in self._x:
             self._x[update + 1] = self._join(following)
-        values |= versions | {"time/critic_s": time.perf_counter() - started}
+        return self._end_window(started, values | versions)
+
+    def _critic_first(self, update: int, *, gan_stage: bool) -> dict[str, float]:
+        """A window in which the generator's update comes last."""
+        r = self.method.critic_updates_per_generator
+        fresh, own = [self._expect_batch() for _ in range(r)], self._expect_batch()
+        values: dict[str, float] = {}
+        for k, expected in enumerate(fresh):
+            prompts = self.fresh_prompts(update, k)
+            values |= self._learn(update, k, self._join(expected), prompts, gan_stage=gan_stage)
+        self._x[update] = self._join(own)
+        self._serve(update)
+        del self._x[update], self._prompts[update]
+        return values | {"version/generator": float(update), "version/critic": float(self._answered_at)}
+
+    def _learn(
+        self, update: int, k: int, x: Tensor, prompts: Iterator[Prompts], *, gan_stage: bool
+    ) -> dict[str, float]:
+        """The k-th critic update of a window, on this rank's slice of samples."""
+        number = self.real_number(update, k)
+        reals, conditions = tee(self.batches.real(number, wanted=self.wants_real(gan_stage)))
+        self.kept = list(self._micro_batches(x, prompts, conditions))
+        step = update * self.method.critic_updates_per_generator + k
+        return self.critic_update(step, iter(self.kept), reals, gan_stage=gan_stage)
+
+    def _end_window(self, started: float, values: dict[str, float]) -> dict[str, float]:
+        values |= {"time/critic_s": time.perf_counter() - started}
         if self.session.world.rank == self._wired.ranks.critic[0]:
             self._wired.lanes.send_values(values, 0)
         return values | self.count(time.perf_counter() - started)
@@ -353,12 +396,15 @@ class CriticRank(CriticSide):
 
     def _serve(self, update: int) -> None:
         """Answer the generator ranks' queries of an update, and their backward passes through the answers."""
-        step = update * self.method.critic_updates_per_generator
-        reals = self.batches.real(step, wanted=self.method.starts_from_real, ahead=True)
-        prompts = [
-            self._conditions(these, next(reals)) for these in self.batches.prompts("prompt/generator", update)
-        ]
+        from_real = self.method.starts_from_real
+        reals = self.batches.real(self.real_number(update), wanted=from_real, ahead=True)
+        prompts, sources = [], []
+        for these in self.batches.prompts("prompt/generator", update):
+            real = next(reals)
+            prompts.append(self._conditions(these, real))
+            sources.append(real.x0 if real is not None and from_real else None)
         self._prompts[update] = prompts
+        started_from = torch.cat([x0 for x0 in sources if x0 is not None]) if from_real else None
         cond = Cond.cat([these.cond for these in prompts])
         first = int(prompts[0].positions[0])
         with frozen_weights(self.critic.critic):
@@ -371,7 +417,9 @@ class CriticRank(CriticSide):
                         np.arange(piece.start, piece.stop),
                     )
                     leaf = self._x[update][rows].detach().requires_grad_()
-                    queries = self.method.queries(leaf, these.cond, self.draws_of("generator", update, these))
+                    real = None if started_from is None else RealBatch(started_from[rows], these.cond)
+                    draws = self.draws_of("generator", update, these)
+                    queries = self.method.queries(leaf, these.cond, real, draws)
                     asked = [query for query in queries.values() if query.network == "critic"]
                     answers = [self.critic.answer(query) for query in asked]
                     for answer in answers:

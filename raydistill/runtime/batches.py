@@ -14,7 +14,7 @@ from raydistill.data.reader import Batch, ShardReader
 from raydistill.data.shards import ShardSet
 from raydistill.methods.method import RealBatch
 from raydistill.models.denoiser import Cond
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.world import World
 from raydistill.runtime.settings import RunConfig
 
@@ -46,7 +46,7 @@ class Batches:
     def __init__(
         self,
         config: RunConfig,
-        pipeline: TextToImage,
+        pipeline: Pipeline,
         world: World,
         device: torch.device,
         *,

@@ -3,46 +3,82 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from raydistill.diffusion.noise_schedule import NoiseSchedule
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods import METHODS
 from raydistill.methods.method import Method
+from raydistill.models import diffusers_hub
 from raydistill.models.critic import Critic
-from raydistill.models.denoiser import Denoiser
-from raydistill.models.diffusers_hub import TextToImage, UNetDenoiser, load_pipeline, trainable
+from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline
 from raydistill.models.heads import BottleneckHead
+from raydistill.models.pipeline import Pipeline, trainable
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
+from raydistill.roles.instant_critic import InstantCriticTrainer
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.roles.world import World
 from raydistill.runtime.settings import RunConfig, TrainConfig, teacher_folder
 
 
-def build_pipeline(config: RunConfig) -> TextToImage:
+def build_pipeline(config: RunConfig) -> Pipeline:
     """The teacher's pipeline, frozen, in fp32, on the CPU."""
     teacher = config.teacher
-    return load_pipeline(teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision)
+    if is_edm(teacher_folder(teacher)):
+        return load_edm_pipeline(teacher_folder(teacher))
+    return diffusers_hub.load_pipeline(
+        teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision
+    )
 
 
-def build_method(config: RunConfig, pipeline: TextToImage) -> Method:
-    """The method of a teacher."""
+def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, ...]]]:
+    """The teacher's network without weights, and the shapes of one sample's conditions, from small files.
+
+    Raises ConfigError if the teacher can't be read.
+    """
+    teacher = config.teacher
+    path = teacher_folder(teacher)
+    if is_edm(path):
+        return edm_on_meta(path)
+    return diffusers_hub.denoiser_on_meta(path, teacher.prediction, teacher.revision)
+
+
+def build_method(config: RunConfig, pipeline: Pipeline) -> Method:
+    """The method of a teacher. Raises ConfigError if the settings ask of it what it doesn't have."""
+    if config.teacher.guidance_scale != 1 and pipeline.null_cond(1) is None:
+        raise ConfigError(
+            f"teacher.guidance_scale={config.teacher.guidance_scale:g} needs an unconditional half, which the networks "
+            f"of teacher.path={config.teacher.path!r} don't have: it must be 1"
+        )
     return method_for(config, pipeline.denoiser.schedule)
 
 
 def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:
-    """The method, given the teacher's schedule."""
-    module, _, name = METHODS[config.method.kind].method.partition(":")
-    method: Method = getattr(importlib.import_module(module), name)(
-        config.method, schedule, config.teacher.guidance_scale
-    )
+    """The method, given the teacher's schedule. Raises ConfigError where they don't fit each other."""
+    make: Any = method_class(config.method.kind)
+    method: Method = make(config.method, schedule, config.teacher.guidance_scale)
+    if method.critic_first and config.placement.max_staleness:
+        raise PlacementError(
+            f"placement.max_staleness={config.placement.max_staleness} needs a method whose generator goes first; "
+            f"method.kind={config.method.kind} lets its critic learn before it: it must be 0"
+        )
     return method
 
 
+def method_class(kind: str) -> type[Method]:
+    """The class of a registered method."""
+    module, _, name = METHODS[kind].method.partition(":")
+    found: type[Method] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def build_generator(
-    config: RunConfig, pipeline: TextToImage, world: World, device: torch.device, *, adopt: bool = False
+    config: RunConfig, pipeline: Pipeline, world: World, device: torch.device, *, adopt: bool = False
 ) -> GeneratorTrainer:
     """The generator, a copy of the teacher; `adopt`: the pipeline's own network, where nobody else needs it."""
     denoiser = _trainable(pipeline, config.train, device, adopt)
@@ -52,7 +88,7 @@ def build_generator(
 def build_critic(
     config: RunConfig,
     method: Method,
-    pipeline: TextToImage,
+    pipeline: Pipeline,
     world: World,
     device: torch.device,
     *,
@@ -67,44 +103,51 @@ def build_critic(
     denoiser = _trainable(pipeline, config.train, device, adopt)
     head = None
     if method.needs.gan_head:
-        size = pipeline.latent_shape[1] // 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+        channels, size, _ = denoiser.feature_shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(
                 config.seed
             )  # the head's weights must not depend on what ran before in the process
-            head = BottleneckHead(denoiser.feature_channels, size).to(device)
-    own_features = getattr(config.method, "gan_features", "critic") == "critic"
-    source = None if own_features else teacher or pipeline.denoiser
+            head = BottleneckHead(channels, size).to(device)
+    source = None if method.needs.head_features == "critic" else teacher or pipeline.denoiser
     steps = config.train.generator_updates * method.critic_updates_per_generator
-    return CriticTrainer(Critic(denoiser, head, source), config.critic, world, steps)
+    critic = Critic(denoiser, head, source, _null(pipeline, device))
+    if method.needs.instant_critic:
+        return InstantCriticTrainer(critic, config.critic, world, steps, method.needs.instant_critic)
+    return CriticTrainer(critic, config.critic, world, steps)
 
 
-def build_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> TeacherScorer:
+def build_teacher(config: RunConfig, pipeline: Pipeline, device: torch.device) -> TeacherScorer:
     """The teacher in this process; to be built last, since generator and critic begin as fp32 copies of it."""
-    return TeacherScorer(tuned_teacher(config, pipeline, device), pipeline.null_cond(1).to(device).expand)
+    return TeacherScorer(tuned_teacher(config, pipeline, device), _null(pipeline, device))
 
 
-def tuned_teacher(config: RunConfig, pipeline: TextToImage, device: torch.device) -> UNetDenoiser:
+def _null(pipeline: Pipeline, device: torch.device) -> Callable[[int], Cond] | None:
+    null = pipeline.null_cond(1)
+    return None if null is None else null.to(device).expand
+
+
+def tuned_teacher(config: RunConfig, pipeline: Pipeline, device: torch.device) -> Denoiser:
     """The pipeline's own denoiser on the device, in the arithmetic and memory format of the settings."""
     pipeline.denoiser.cast(config.teacher.dtype).to(device)
     _tune(pipeline.denoiser, config.train)
     return pipeline.denoiser
 
 
-def _trainable(pipeline: TextToImage, train: TrainConfig, device: torch.device, adopt: bool) -> UNetDenoiser:
+def _trainable(pipeline: Pipeline, train: TrainConfig, device: torch.device, adopt: bool) -> Denoiser:
     own = pipeline.denoiser
     denoiser = (trainable(own, train.dtype) if adopt else pipeline.copy_denoiser(train.dtype)).to(device)
     if train.activation_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
+        denoiser.checkpoint_activations()
     _tune(denoiser, train)
     return denoiser
 
 
-def _tune(denoiser: UNetDenoiser, train: TrainConfig) -> None:
+def _tune(denoiser: Denoiser, train: TrainConfig) -> None:
     if train.channels_last:
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if train.compile:
-        denoiser.unet.compile()
+        denoiser.network.compile()
 
 
 def pick_device(gpus: float, setting: str = "placement.gpus_per_worker") -> torch.device:

@@ -14,7 +14,10 @@ from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
-from raydistill.models.diffusers_hub import TextToImage, import_diffusers
+from raydistill.models.denoiser import Denoiser
+from raydistill.models.diffusers_hub import import_diffusers
+from raydistill.models.edm_pipeline import is_edm, load_edm_pipeline
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.services import build_evaluator
@@ -69,7 +72,7 @@ def sample(
 
 @torch.no_grad()
 def sample_images(
-    config: RunConfig, pipeline: TextToImage, prompts: Sequence[str], seed: int, positions: Sequence[int]
+    config: RunConfig, pipeline: Pipeline, prompts: Sequence[str], seed: int, positions: Sequence[int]
 ) -> torch.Tensor:
     """Images [n, 3, H, W] in about [-1, 1]; sample n's noise depends on seed and positions[n] only."""
     method = build_method(config, pipeline)
@@ -118,29 +121,34 @@ def export_difference(
     weights: Weights | None = None,
     seed: int = 0,
 ) -> float:
-    """Largest difference between the images of an exported folder in plain diffusers and the run's own.
+    """Largest difference between the images of an exported folder, in plain diffusers where it is one of its, and the
+    run's own.
 
     One image a prompt, values from 0 to 1, the same noise for both.
     """
     config, snapshot = open_run(run, step, weights)
     pipeline = build_pipeline(config)
     pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights))
+    method, cond = build_method(config, pipeline), pipeline.encode_text(prompts)
     noise = Draws(seed).normal("sample/noise", 0, range(len(prompts)), pipeline.latent_shape)
-    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
-    latents = build_method(config, pipeline).sample(
-        pipeline.denoiser,
-        pipeline.encode_text(prompts),
-        noise,
-        lambda number: torch.randn(noise.shape, generator=ours),
-    )
-    expected = (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+    def images(denoiser: Denoiser) -> torch.Tensor:
+        fresh = torch.Generator().manual_seed(seed)
+        latents = method.sample(
+            denoiser, cond, noise, lambda number: torch.randn(noise.shape, generator=fresh)
+        )
+        return (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+    expected = images(pipeline.denoiser)
+    if is_edm(out):
+        return float((images(load_edm_pipeline(out).denoiser) - expected).abs().max())
     with warnings.catch_warnings():
         # of steps_offset, which is what the teacher was trained with
         warnings.simplefilter("ignore", FutureWarning)
         loaded = import_diffusers().DiffusionPipeline.from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)
-    images = loaded(
-        list(prompts), num_inference_steps=len(config.method.timesteps), guidance_scale=1.0,
-        latents=noise, generator=theirs, output_type="pt",
+    theirs = loaded(
+        list(prompts), num_inference_steps=len(method.sampling_times), guidance_scale=1.0,
+        latents=noise, generator=torch.Generator().manual_seed(seed), output_type="pt",
     ).images  # fmt: skip
-    return float((images - expected).abs().max())
+    return float((theirs - expected).abs().max())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raydistill.errors import ConfigError, PlacementError
+from raydistill.runtime.build import method_class
 from raydistill.runtime.plan import GIB, ROLES_ON, Plan
 from raydistill.runtime.role_times import RoleTimes
 from raydistill.runtime.settings import RunConfig
@@ -139,17 +140,20 @@ def _placed(
     transfers = 2 * ((g - 1) * moved.generator_gradient + r * (c - 1) * moved.critic_gradient)
     if layout.mode == "disaggregated":
         # R batches to the critic, its x0 back; with a GAN the gradient of its logit as well
-        transfers += (r + 1) * moved.batch + 2 * moved.answer_gradient
+        transfers += (r + 1 + plan.critic_first) * moved.batch + 2 * moved.answer_gradient
     if layout.mode != "colocated":
-        transfers += moved.query + (moved.answer or 0.0)
-    simulated = simulate(_seconds(config, plan, layout, times), r, layout, net, moved)
+        asked = 1 + (r if plan.seconds.teacher_for_critic else 0)
+        transfers += asked * (moved.query + (moved.answer or 0.0))
+    simulated = simulate(
+        _seconds(config, plan, layout, times), r, layout, net, moved, critic_first=plan.critic_first
+    )
     return PlacementPlan(layout, held, transfers, simulated.window_s, simulated.idle)
 
 
 def sizes(config: RunConfig, plan: Plan) -> Sizes:
     """What travels in a window."""
     to_teacher = 0.5 if config.placement.wire_dtype == "bf16" else 1.0
-    gan_on_critic = plan.critic_answer > 1
+    gan_on_critic = plan.work.critic_answer > 1
     return Sizes(
         batch=plan.sample_bytes,
         query=to_teacher * plan.query_bytes,
@@ -194,7 +198,8 @@ def table(
     net: Network | None = None,
 ) -> str:
     """For `raydistill plan`: the placements of each number of devices. Raises PlacementError if nothing fits."""
-    images = config.train.batch_size * config.method.critic_updates_per_generator
+    first = method_class(config.method.kind).critic_first
+    images = config.train.batch_size * (config.method.critic_updates_per_generator + first)
     width = max((len(each.devices) for _, row in found for each in row), default=0) + 2
     heads = (("s/update", 10), ("updates/s", 11), ("images/s", 11)) if times else (("time", 10),)
     lines = [

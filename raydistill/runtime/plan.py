@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydistill.models.denoiser import Cond
-from raydistill.models.diffusers_hub import UNetDenoiser, denoiser_on_meta
+from raydistill.methods.method import Work
+from raydistill.models.denoiser import Cond, Denoiser
 from raydistill.models.heads import BottleneckHead
+from raydistill.runtime.build import denoiser_on_meta, method_for
 from raydistill.runtime.ranks import best_num_critic
-from raydistill.runtime.settings import RunConfig, teacher_folder
+from raydistill.runtime.settings import RunConfig
 from raydistill.runtime.simulate import Mode, RoleSeconds
 
 GIB = 2**30
@@ -61,8 +62,10 @@ class Plan:
     bytes_by_role: dict[str, RoleBytes]
     forwards: dict[str, float]
     """Forward equivalents of one generator update with its R critic updates, by role."""
-    critic_answer: float
-    """The critic's share of them that answers the generator's update."""
+    work: Work
+    """What the method's phases cost."""
+    critic_first: bool
+    """Whether a window's critic updates come before the generator's."""
     seconds: RoleSeconds
     """The phases of a window, in forward equivalents."""
     sample_bytes: int
@@ -117,52 +120,44 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """The plan of a run. Raises ConfigError if the teacher's folder can't be read."""
-    denoiser, cond_shapes = denoiser_on_meta(
-        teacher_folder(config.teacher), config.teacher.prediction, config.teacher.revision
-    )
-    return plan_for(config, denoiser, cond_shapes)
+    return plan_for(config, *denoiser_on_meta(config))
 
 
-def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
-    """The plan for a UNet on the meta device and the shapes of one sample's conditions."""
-    unet = denoiser.unet
-    unet.train()
+def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple[int, ...]]) -> Plan:
+    """The plan for a network on the meta device and the shapes of one sample's conditions."""
+    denoiser.network.train()
     if config.train.activation_checkpointing:
-        unet.enable_gradient_checkpointing()
-    size = unet.config.sample_size
+        denoiser.checkpoint_activations()
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, Cond]:
         cond = {name: torch.empty(samples, *shape, device="meta") for name, shape in cond_shapes.items()}
-        x = torch.empty(samples, unet.config.in_channels, size, size, device="meta")
-        return x, torch.zeros(samples, device="meta"), Cond(cond)
+        x = torch.empty(samples, *denoiser.sample_shape, device="meta")
+        return x, torch.ones(samples, device="meta"), Cond(cond)
 
     one = inputs(1)
     with torch.no_grad():
         full, half = _flops(lambda: denoiser(*one)), _flops(lambda: denoiser.features(*one))
     share = half / full
-    r, n = config.method.critic_updates_per_generator, len(config.method.timesteps)
-    gan = config.method.gan_weight_generator > 0
-    own_features = gan and config.method.gan_features == "critic"
-    guided = 2.0 if config.teacher.guidance_scale != 1 else 1.0
+    method = method_for(config, denoiser.schedule)
+    r = method.critic_updates_per_generator
     backward = 3.0 if config.train.activation_checkpointing else 2.0
-    rollout = (n - 1) / 2 if config.method.rollout == "backward_simulation" else 0.0
-    gan_generator = 2 * share if gan else 0.0
-    critic_answer = 1 + (gan_generator if own_features else 0.0)
-    gan_critic = r * 2 * share * (1 + backward if own_features else 1.0) if gan else 0.0
+    work = method.work(encoder_share=share, backward=backward, guided=config.teacher.guidance_scale != 1)
+    batches = r + method.critic_first  # of samples in a window
     forwards = {
-        "generator": 1 + backward + rollout + (r - 1) * (1 + rollout),
-        "critic": critic_answer + r * (1 + backward) + (gan_critic if own_features else 0.0),
-        "teacher": guided + (gan_generator + gan_critic if gan and not own_features else 0.0),
+        "generator": backward + batches * (1 + work.rollout),
+        "critic": work.critic_answer + r * work.critic_update,
+        "teacher": work.teacher_answer + r * work.teacher_for_critic,
     }
 
     seconds = RoleSeconds(
         generator_update=backward,
-        sample=1 + rollout,
-        critic_answer=critic_answer,
-        critic_update=(forwards["critic"] - critic_answer) / r,
-        teacher_answer=forwards["teacher"],
+        sample=1 + work.rollout,
+        critic_answer=work.critic_answer,
+        critic_update=work.critic_update,
+        teacher_answer=work.teacher_answer if method.critic_first else forwards["teacher"],
+        teacher_for_critic=work.teacher_for_critic if method.critic_first else 0.0,
     )
-    ranks = _ranks(config, seconds)
+    ranks = _ranks(config, seconds, critic_first=method.critic_first)
 
     def saved_bytes(role: str) -> int:
         micro = inputs(config.train.micro_batch(ranks[role]))
@@ -172,14 +167,12 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
     same = ranks["critic"] == ranks["generator"]
     critic_activations = activations if same else saved_bytes("critic")
     head = 0
-    if gan:
-        bottleneck = size // 2 ** (len(unet.config.block_out_channels) - 1)
+    if method.needs.gan_head:
+        channels, size, _ = denoiser.feature_shape
         with torch.device("meta"):
-            head = sum(p.numel() for p in BottleneckHead(denoiser.feature_channels, bottleneck).parameters())
-    parameters = sum(p.numel() for p in unet.parameters())
+            head = sum(p.numel() for p in BottleneckHead(channels, size).parameters())
+    parameters = sum(p.numel() for p in denoiser.parameters())
     ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
-    # the critic's DSM and GAN graphs are alive together; the GAN batch holds fake and real samples
-    critic_graphs = 1 + (2 * share if own_features else 0.0)
     roles = {
         "teacher": RoleBytes(weights=parameters * (2 if config.teacher.dtype == "bf16" else 4)),
         "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
@@ -188,7 +181,7 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
             4 * (parameters + head),
             8 * (parameters + head),
             0,
-            int(critic_activations * critic_graphs),
+            int(critic_activations * work.critic_graphs),
         ),
     }
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
@@ -198,7 +191,8 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
         ranks=ranks,
         bytes_by_role=roles,
         forwards=forwards,
-        critic_answer=critic_answer,
+        work=work,
+        critic_first=method.critic_first,
         seconds=seconds,
         sample_bytes=sample_bytes,
         query_bytes=sample_bytes + cond_bytes,
@@ -208,7 +202,7 @@ def plan_for(config: RunConfig, denoiser: UNetDenoiser, cond_shapes: dict[str, t
     )
 
 
-def _ranks(config: RunConfig, seconds: RoleSeconds) -> dict[str, int]:
+def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> dict[str, int]:
     """How many ranks share a batch of each trained role. Raises PlacementError if they can't."""
     placement = config.placement
     if placement.mode != "disaggregated":
@@ -221,6 +215,7 @@ def _ranks(config: RunConfig, seconds: RoleSeconds) -> dict[str, int]:
         seconds,
         config.method.critic_updates_per_generator,
         placement.teacher_replicas,
+        critic_first,
     )
     return {"generator": max(1, world - critics), "critic": critics}
 

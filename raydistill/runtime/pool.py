@@ -346,7 +346,7 @@ class RemoteDenoiser(Denoiser):
         super().__init__()
         self.schedule = like.schedule
         self._pool = (pool,)  # in a tuple, so that nobody takes it for a part
-        self._feature_channels = _feature_channels(like)
+        self._feature_shape = _feature_shape(like)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         query = Query(network="teacher", want="x0", x_t=x_t, t=t, cond=cond)
@@ -357,14 +357,12 @@ class RemoteDenoiser(Denoiser):
         return self._pool[0].submit(query).answer()
 
     @property
-    def feature_channels(self) -> int:
-        if self._feature_channels is None:
-            return super().feature_channels
-        return self._feature_channels
+    def feature_shape(self) -> tuple[int, int, int]:
+        return self._feature_shape or super().feature_shape
 
 
-def _feature_channels(denoiser: Denoiser) -> int | None:
+def _feature_shape(denoiser: Denoiser) -> tuple[int, int, int] | None:
     try:
-        return denoiser.feature_channels
+        return denoiser.feature_shape
     except ConfigError:
         return None

@@ -64,10 +64,12 @@ def best_num_critic(
     seconds: RoleSeconds,
     r: int,
     teachers: int = 1,
+    critic_first: bool = False,
 ) -> int:
     """How many of `world` ranks should hold the critic so that a window is shortest, the fewest of equals.
 
-    teachers: replicas that score beside them. Raises PlacementError if no division of the ranks divides the batch.
+    teachers: replicas that score beside them. critic_first: as in `simulate`. Raises PlacementError if no division of
+    the ranks divides the batch.
     """
     micro = micro_batch_size or 1
     possible = [
@@ -83,7 +85,7 @@ def best_num_critic(
 
     def window_s(critics: int) -> float:
         layout = Layout("disaggregated", generators=world - critics, critics=critics, teachers=teachers)
-        return simulate(seconds, r, layout).window_s
+        return simulate(seconds, r, layout, critic_first=critic_first).window_s
 
     windows = {critics: window_s(critics) for critics in possible}
     shortest = min(windows.values())

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydistill import errors
 from raydistill.errors import RayDistillError, TrainingError
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
 from raydistill.runtime import actors, loop
@@ -63,7 +63,7 @@ class TrainSession:
         self._run_dir = config.run_dir
         self._warned = False
 
-    def scorer(self, pipeline: TextToImage) -> Scorer | None:
+    def scorer(self, pipeline: Pipeline) -> Scorer | None:
         if self._teachers is None:
             return None
         spec = require_same_teacher(self._config, self._teachers, pipeline.fingerprint)

@@ -91,16 +91,28 @@ def window_phases(trainer: Trainer, phases: Phases) -> RoleSeconds:
     trainer.window()
     phases.leave()
     took = {name.name: phases.seconds.get(name.name, 0.0) for name in fields(RoleSeconds)}
-    r = trainer.method.critic_updates_per_generator
+    r, first = trainer.method.critic_updates_per_generator, trainer.method.critic_first
+    teacher = took["teacher_answer"]
+    for_critic = teacher * _critics_share(trainer) if first else 0.0
     return RoleSeconds(
         generator_update=took["generator_update"] + took["generator_step"],
-        sample=took["sample"] / r,
+        sample=took["sample"] / (r + first),
         critic_answer=took["critic_answer"],
         critic_update=(took["critic_update"] + took["critic_step"]) / r,
-        teacher_answer=took["teacher_answer"],
+        teacher_answer=teacher - for_critic,
         generator_step=took["generator_step"],
         critic_step=took["critic_step"] / r,
+        teacher_for_critic=for_critic / r,
     )
+
+
+def _critics_share(trainer: Trainer) -> float:
+    """Of the teacher's work, what the critic's updates ask of it."""
+    backward = 3.0 if trainer.config.train.activation_checkpointing else 2.0
+    guided = trainer.config.teacher.guidance_scale != 1
+    work = trainer.method.work(encoder_share=0.5, backward=backward, guided=guided)
+    asked = trainer.method.critic_updates_per_generator * work.teacher_for_critic
+    return asked / (asked + work.teacher_answer) if asked else 0.0
 
 
 def medians(rows: Sequence[RoleSeconds]) -> RoleSeconds:
@@ -118,7 +130,7 @@ def timed_phases(trainer: Trainer) -> Iterator[Phases]:
     """A clock on the phases of a trainer that holds all three networks."""
     phases = Phases(trainer.device)
     gan = trainer.method.needs.gan_head
-    own_features = trainer.config.method.gan_features == "critic"
+    own_features = trainer.method.needs.head_features == "critic"
     answerer = "critic_answer" if own_features else "teacher_answer"
     backward = trainer.generator.backward
 
@@ -161,14 +173,12 @@ def timed_phases(trainer: Trainer) -> Iterator[Phases]:
 
 def workload(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """What the seconds of a phase depend on beside device and batch size, by the settings' names."""
-    method, train = config.method, config.train
+    train = config.train
     return {
         _NETWORK: float(f"{plan.gflop_per_forward:.6g}"),
         "teacher.guidance_scale": "other than 1" if config.teacher.guidance_scale != 1 else "1",
         "teacher.dtype": config.teacher.dtype,
-        "method.gan_features": method.gan_features if method.gan_weight_generator > 0 else "no GAN",
-        "method.timesteps": f"{len(method.timesteps)} of them",
-        "method.rollout": method.rollout if len(method.timesteps) > 1 else "none",
+        **{f"the method's {name} in passes": round(passes, 4) for name, passes in asdict(plan.work).items()},
         "train.dtype": train.dtype,
         "train.channels_last": train.channels_last,
         "train.compile": train.compile,
@@ -246,6 +256,7 @@ def scaled(seconds: RoleSeconds, times: float) -> RoleSeconds:
         critic_answer=seconds.critic_answer * times,
         critic_update=(seconds.critic_update - seconds.critic_step) * times + seconds.critic_step,
         teacher_answer=seconds.teacher_answer * times,
+        teacher_for_critic=seconds.teacher_for_critic * times,
     )
 
 

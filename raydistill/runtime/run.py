@@ -22,7 +22,7 @@ from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.local_cluster import free_ports
-from raydistill.runtime.prepare import prepare_scenes, prepare_shards
+from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
@@ -119,7 +119,7 @@ def _run_inline(config: RunConfig) -> None:
     from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
     from raydistill.runtime.trainer import Trainer
 
-    prepare_scenes(config)
+    prepare_builtin(config)
     prepare_shards(config)
     _prepare_folder(config)
     tracker = open_tracker(config)
@@ -196,7 +196,7 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
     evaluator = teachers = None
     status, opened = "FAILED", False
     try:
-        prepare_scenes(config)
+        prepare_builtin(config)
         if config.evaluator.enabled and not gpus:
             evaluator = actors.start_evaluator(to_dict(config), gpus, room.evaluator)
             if not (Path(config.run_dir) / LEDGER).exists():
@@ -377,9 +377,11 @@ def _eta(step: int, total: int, first: tuple[int, float] | None) -> str:
 
 
 def _words(values: dict[str, float]) -> str:
-    wanted = [("loss/dm", "dm"), ("loss/dsm", "dsm")]
+    wanted = [("loss/generator_total", "generator"), ("loss/critic_total", "critic")]
     wanted += [
         (name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")
     ]
-    wanted += [(name, "accuracy") for name in sorted(values) if name.startswith("eval/prompt_accuracy")]
+    wanted += [
+        (name, "accuracy") for name in sorted(values) if "_accuracy_" in name and "teacher" not in name
+    ]
     return " ".join(f"{short}={values[name]:.3g}" for name, short in wanted if name in values)

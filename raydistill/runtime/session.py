@@ -22,7 +22,7 @@ from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
 
 if TYPE_CHECKING:
-    from raydistill.models.diffusers_hub import TextToImage
+    from raydistill.models.pipeline import Pipeline
     from raydistill.runtime.settings import RunConfig
     from raydistill.runtime.trainer import Rank
 
@@ -66,7 +66,7 @@ class Session(Protocol):
     evaluator: EvaluatorLike | None
     run_id: str
 
-    def scorer(self, pipeline: TextToImage) -> Scorer | None:
+    def scorer(self, pipeline: Pipeline) -> Scorer | None:
         """The teacher of a placement that has it elsewhere; None: it is part of this process."""
 
     def rank(self, config: RunConfig) -> Rank:

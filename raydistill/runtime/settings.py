@@ -13,13 +13,14 @@ from raydistill.data.reader import DataConfig
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods import METHODS
 from raydistill.methods.dmd2 import DMD2Config
+from raydistill.methods.method import MethodConfig
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
 from raydistill.tracking import TrackingConfig, without_secrets
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher"}
+BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher", "builtin:digits": ASSETS / "digits_teacher"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class TeacherConfig:
     """The many-step model that is distilled."""
 
     path: str = "builtin:scenes"
-    """Folder or hub id of an SD- or SDXL-shaped diffusers pipeline; builtin:scenes is the one that is shipped."""
+    """Folder or hub id of an SD- or SDXL-shaped diffusers pipeline; folder or .pkl file of a class-conditional EDM
+    network; builtin:scenes and builtin:digits are shipped; random:edm-cifar10 and random:edm-imagenet64 have the
+    published shapes and random weights, for measuring."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     guidance_scale: float = 3.0
@@ -164,7 +167,7 @@ class RunConfig:
     """Go on from the newest snapshot of this name; false sets an existing run's folder aside and starts anew."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher."""
-    method: DMD2Config = field(default_factory=DMD2Config)
+    method: MethodConfig = field(default_factory=DMD2Config)
     """The method."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """The generator's optimiser."""

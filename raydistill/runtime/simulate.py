@@ -48,14 +48,17 @@ class RoleSeconds:
     """Of generator_update the optimiser's step, which every rank takes whole, however few samples it has."""
     critic_step: float = 0.0
     """Of critic_update likewise."""
+    teacher_for_critic: float = 0.0
+    """The teacher's answers to one critic update that waits for them."""
 
-    def window(self, r: int) -> float:
+    def window(self, r: int, *, critic_first: bool = False) -> float:
         """One device's work of a window."""
         return (
             self.generator_update
             + self.critic_answer
             + self.teacher_answer
-            + r * (self.sample + self.critic_update)
+            + (r + critic_first) * self.sample
+            + r * (self.critic_update + self.teacher_for_critic)
         )
 
 
@@ -120,13 +123,15 @@ def simulate(
     sizes: Sizes | None = None,
     windows: int = 40,
     teacher_network: Network | None = None,
+    critic_first: bool = False,
 ) -> Simulated:
     """Follow `windows` windows and give the mean of those after the first ten.
 
-    network: costs nothing if None; teacher_network: between ranks and teachers, if it is another one.
+    critic_first: whether a window's critic updates come before the generator's, each on samples of its own. network:
+    costs nothing if None; teacher_network: between ranks and teachers, if it is another one.
     """
     network = network or Network()
-    run = _Run(seconds, r, layout, network, teacher_network or network, sizes or Sizes())
+    run = _Run(seconds, r, layout, network, teacher_network or network, sizes or Sizes(), critic_first)
     ends = run.colocated(windows) if layout.mode != "disaggregated" else run.apart(windows)
     window = (ends[-1] - ends[_WARM_UP - 1]) / (windows - _WARM_UP)
     return Simulated(window, {role: max(0.0, 1 - busy / window) for role, busy in run.busy().items()})
@@ -141,6 +146,7 @@ class _Run:
         network: Network,
         teacher_network: Network,
         sizes: Sizes,
+        critic_first: bool,
     ):
         g = layout.generators
         c = max(1, layout.critics) if layout.mode == "disaggregated" else g
@@ -148,6 +154,10 @@ class _Run:
         self.sample = seconds.sample / g
         self.answer = seconds.critic_answer / c
         self.teacher = seconds.teacher_answer / g
+        self.critic_first = critic_first
+        self.critic_asks = seconds.teacher_for_critic > 0
+        self.for_critic = seconds.teacher_for_critic / c
+        self._batches = r + critic_first
         self._update = (seconds.generator_update - seconds.generator_step) / g + seconds.generator_step
         self._learn = (seconds.critic_update - seconds.critic_step) / c + seconds.critic_step
         self.update = self._update + _average_seconds(network, sizes, sizes.generator_gradient, g)
@@ -170,11 +180,12 @@ class _Run:
 
     def busy(self) -> dict[str, float]:
         """Seconds of work of one device of each role in a window."""
-        generator = self._update + self.r * self.sample
+        generator = self._update + self._batches * self.sample
         critic = self.answer + self.r * self._learn
-        teacher = self.teacher * self.layout.generators
+        critics = self.layout.critics or self.layout.generators
+        teacher = self.teacher * self.layout.generators + self.r * self.for_critic * critics
         if self.layout.mode == "colocated":
-            return {"worker": generator + critic + self.teacher}
+            return {"worker": generator + critic + self.teacher + self.r * self.for_critic}
         teachers = {"teacher": teacher / max(1, self.layout.teachers)}
         if self.layout.mode == "teachers":
             return {"worker": generator + critic} | teachers
@@ -206,6 +217,8 @@ class _Run:
 
     def colocated(self, windows: int) -> Sequence[float]:
         """Ends of the windows of ranks that hold generator and critic."""
+        if self.critic_first:
+            return self._colocated_critic_first(windows)
         pooled = self.layout.mode == "teachers"
         now = self.sample
         teacher_at = self.scored(now) if pooled else 0.0
@@ -221,8 +234,43 @@ class _Run:
             now += 0.0 if pooled else self.sample
         return ends
 
+    def _colocated_critic_first(self, windows: int) -> Sequence[float]:
+        pooled = self.layout.mode == "teachers"
+        now, ends = 0.0, []
+        for _ in range(windows):
+            now += self.sample
+            teacher_at = self.scored(now) if pooled else 0.0
+            for _ in range(self.r):
+                now = self._learnt(now + self.sample, pooled=pooled)
+            now = max(now + self.answer, teacher_at) if pooled else now + self.teacher + self.answer
+            now += self.update
+            ends.append(now)
+        return ends
+
+    def _learnt(self, now: float, *, pooled: bool) -> float:
+        """When a critic update that begins now is over."""
+        if pooled and self.critic_asks:
+            return self.scored(now) + self.learn
+        return now + self.for_critic + self.learn
+
+    def _apart_critic_first(self, windows: int) -> Sequence[float]:
+        generator, ends = 0.0, []
+        for _ in range(windows):
+            critic = generator + self.wire
+            generator += self.sample
+            teacher_at = self.scored(generator)
+            for _ in range(self.r):
+                generator += self.sample
+                critic = self._learnt(max(critic, self.sent(generator)), pooled=True)
+            critic = max(critic, self.sent(generator)) + self.answer
+            generator = max(generator, critic + self.hop, teacher_at) + self.through_answers + self.update
+            ends.append(generator)
+        return ends
+
     def apart(self, windows: int) -> Sequence[float]:
-        """Ends of the windows of the critic, which ends them."""
+        """Ends of the windows of the critic, which ends them; where it goes first, of the generator."""
+        if self.critic_first:
+            return self._apart_critic_first(windows)
         critic = 0.0
         generator = self.sample
         teacher_at = self.scored(generator)

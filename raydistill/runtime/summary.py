@@ -8,11 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raydistill.checkpoint import Snapshot, Snapshots
+from raydistill.diffusion.schedules import EDMSchedule
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.eval.detectors import DETECTORS
+from raydistill.methods.method import Method
 from raydistill.models.diffusers_export import export_pipeline, few_step_scheduler
 from raydistill.models.diffusers_hub import scheduler_config
+from raydistill.models.edm_pipeline import edm_on_meta, is_edm, save_edm
 from raydistill.roles.generator import generator_weights
+from raydistill.runtime.build import denoiser_on_meta, method_for
 from raydistill.runtime.keeper import best_metric
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, teacher_folder
@@ -27,6 +34,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     snapshots = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep)
     last = snapshots.read(snapshots.steps()[-1])
     progress = last.manifest["progress"]
+    method = _method(config)
     summary: dict[str, Any] = {
         "name": config.name,
         "run_dir": config.run_dir,
@@ -35,10 +43,11 @@ def summarise(config: RunConfig, run_id: str) -> Path:
         "critic_updates": progress["critic_updates"],
         "images": progress["images"],
         "wall_s": round(progress["train_s"], 2),
-        "generator_steps": len(config.method.timesteps),
+        "generator_steps": len(method.sampling_times),
         "guidance_scale": config.teacher.guidance_scale,
         "teacher": config.teacher.path,
         "teacher_steps": config.evaluator.teacher_steps,
+        "teacher_sampler": "Heun" if isinstance(method.schedule, EDMSchedule) else "DDIM",
         "seed": config.seed,
         "mlflow_uri": without_secrets(config.tracking.uri or f"sqlite:///{config.output_dir}/mlflow.db"),
         "mlflow_run_id": run_id,
@@ -66,23 +75,52 @@ def summarise(config: RunConfig, run_id: str) -> Path:
 
 def warn_if_not_exportable(config: RunConfig) -> None:
     """Say before training what the export at its end would find out. Raises ConfigError if there is no teacher."""
+    if is_edm(teacher_folder(config.teacher)):
+        return
     scheduler = scheduler_config(teacher_folder(config.teacher), revision=config.teacher.revision)
     try:
-        few_step_scheduler(scheduler, config.method.timesteps)
+        few_step_scheduler(scheduler, _timesteps(_method(config)))
     except ConfigError as error:
         log.warning("the generator can be trained and sampled, but not exported: %s", error)
 
 
 def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
-    """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder."""
+    """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder, or as the folder of an EDM
+    network beside which its noise levels stand."""
+    weights = generator_weights(snapshot, config.evaluator.weights)
+    method = _method(config)
+    path = teacher_folder(config.teacher)
+    if is_edm(path):
+        made = {
+            "method": config.method.kind,
+            "sampler": method.sampler,
+            "sigmas": list(method.sampling_times),
+        }
+        save_edm(out, edm_on_meta(path)[0].config, weights, {"generator": made})
+        return out
     return export_pipeline(
-        teacher_folder(config.teacher),
-        generator_weights(snapshot, config.evaluator.weights),
+        path,
+        weights,
         out,
-        timesteps=config.method.timesteps,
+        timesteps=_timesteps(method),
         prediction=config.teacher.prediction,
         revision=config.teacher.revision,
     )
+
+
+def _timesteps(method: Method) -> tuple[float, ...]:
+    """Where diffusers is to run the generator. Raises ConfigError for a method that no scheduler of its samples."""
+    first = float(method.pure_noise(torch.ones(())))
+    if method.sampler != "few_step" or first != 1.0:
+        raise ConfigError(
+            f"diffusers' schedulers begin with noise of standard deviation 1 and put fresh noise on x0 between steps; "
+            f"this method begins with {first:.4g} and samples by {method.sampler} (method.kind)"
+        )
+    return method.sampling_times
+
+
+def _method(config: RunConfig) -> Method:
+    return method_for(config, denoiser_on_meta(config)[0].schedule)
 
 
 def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | None]:
@@ -93,18 +131,20 @@ def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | N
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
     teacher = done.pop(TEACHER_STEP, {})
     best = min(done, key=lambda step: done[step][metric], default=None)
-    accuracy = f"eval/prompt_accuracy_{label}"
+    measured = DETECTORS[config.evaluator.detector].accuracy_metric
+    accuracy = f"eval/{measured}_{label}"
     start, end = done.get(0, {}), done.get(last_step, {})
     figures = {
         "toyfid_start": start.get(metric),
         "toyfid_end": end.get(metric),
         "toyfid_best": done[best][metric] if best is not None else None,
         "toyfid_teacher": teacher.get(f"eval/teacher_toyfid_{label}"),
-        "prompt_accuracy_start": start.get(accuracy),
-        "prompt_accuracy": end.get(accuracy),
-        "prompt_accuracy_teacher": teacher.get(f"eval/teacher_prompt_accuracy_{label}"),
+        f"{measured}_start": start.get(accuracy),
+        measured: end.get(accuracy),
+        f"{measured}_teacher": teacher.get(f"eval/teacher_{measured}_{label}"),
         "toyfid_samples": config.evaluator.num_samples,
-        "prompt_accuracy_samples": config.evaluator.num_samples,
+        f"{measured}_samples": config.evaluator.num_samples,
+        "accuracy": measured,
         "best_step": best,
         "curve": [[step, done[step][metric], done[step][accuracy]] for step in sorted(done)],
         "evaluations_failed": {s: e["error"] for s, e in ledger.items() if e["state"] == "failed"},
@@ -132,17 +172,19 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['critic_updates']} critic updates, {summary['images']} images, {summary['wall_s']:.0f} s of training"
     ]
     if "toyfid_end" in summary:
-        n = summary["toyfid_samples"]
+        n, measured = summary["toyfid_samples"], summary["accuracy"]
+        heads = f"toyfid ({n})", f"{measured.replace('_', ' ')} ({n})"
+        sampled = f"{summary['teacher_steps']} {summary['teacher_sampler']} steps"
         rows = [
-            (f"generator, {steps} step{'s' * (steps > 1)}, start", "toyfid_start", "prompt_accuracy_start"),
-            (f"generator, {steps} step{'s' * (steps > 1)}, end", "toyfid_end", "prompt_accuracy"),
+            (f"generator, {steps} step{'s' * (steps > 1)}, start", "toyfid_start", f"{measured}_start"),
+            (f"generator, {steps} step{'s' * (steps > 1)}, end", "toyfid_end", measured),
             (
-                f"teacher, {summary['teacher_steps']} DDIM steps, guidance {summary['guidance_scale']:g}",
+                f"teacher, {sampled}, guidance {summary['guidance_scale']:g}",
                 "toyfid_teacher",
-                "prompt_accuracy_teacher",
+                f"{measured}_teacher",
             ),
         ]
-        lines.append(f"{'':<42}{f'toyfid ({n})':>14}{f'prompt accuracy ({n})':>24}")
+        lines.append(f"{'':<42}{heads[0]:>14}{heads[1]:>24}")
         lines += [
             f"{label:<42}{_cell(summary[fid]):>14}{_cell(summary[accuracy]):>24}"
             for label, fid, accuracy in rows

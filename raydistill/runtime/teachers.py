@@ -24,8 +24,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import PlacementError, RayDistillError
-from raydistill.models.denoiser import Cond
-from raydistill.models.diffusers_hub import DenoiserParts, import_diffusers
+from raydistill.models.denoiser import Cond, Denoiser, skeleton, with_weights
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.actors import get
@@ -68,14 +67,14 @@ class _TeacherActor:
     """One replica: a teacher on shared weights."""
 
     def __init__(
-        self, parts: DenoiserParts, weights: Mapping[str, Any], null: Mapping[str, Any], spec: PoolSpec
+        self, parts: Denoiser, weights: Mapping[str, Any], null: Mapping[str, Any] | None, spec: PoolSpec
     ):
+        """parts: the teacher's skeleton, which weights make whole; null: of one sample, None where it has none."""
         self._built: tuple[KeptGraphs, torch.device] | None = None
         self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
 
     def ready(self) -> None:
-        """Answers when the process is there and has what takes long to import."""
-        import_diffusers()
+        """Answers when the process is there, and has imported what the teacher is made of."""
 
     def _service(self) -> tuple[KeptGraphs, torch.device]:
         # built by the first call, not by the constructor, so that a failure reaches the caller as itself
@@ -83,11 +82,13 @@ class _TeacherActor:
             if not self._spec.gpus:
                 torch.set_num_threads(max(1, int(self._spec.cpus)))  # of this thread, which answers
             device = pick_device(self._spec.gpus, "placement.gpus_per_teacher")
-            denoiser = self._parts.build(wire.shared_weights(self._weights)).to(device)
+            denoiser = with_weights(self._parts, wire.shared_weights(self._weights)).to(device)
             if self._spec.compile:
-                denoiser.unet.compile()
-            null = Cond({name: wire.unpack(array, device) for name, array in self._null.items()})
-            self._built = KeptGraphs(TeacherScorer(denoiser, null.expand), self._spec.kept_graphs), device
+                denoiser.network.compile()
+            null = None
+            if self._null is not None:
+                null = Cond({name: wire.unpack(array, device) for name, array in self._null.items()}).expand
+            self._built = KeptGraphs(TeacherScorer(denoiser, null), self._spec.kept_graphs), device
         return self._built
 
     def answer(self, packed: Mapping[str, Any], key: str, keep: bool, dtype: wire.WireDtype) -> Any:
@@ -235,11 +236,12 @@ class _PoolManager:
     def _start(self) -> PoolSpec:
         config = self._config
         pipeline = build_pipeline(config)
-        null = {name: wire.pack(tensor) for name, tensor in pipeline.null_cond(1).tensors.items()}
+        cond = pipeline.null_cond(1)
+        null = None if cond is None else {name: wire.pack(tensor) for name, tensor in cond.tensors.items()}
         fingerprint = pipeline.fingerprint
         denoiser = tuned_teacher(config, pipeline, torch.device("cpu"))
         weights = ray.put(wire.pack_weights(denoiser.state_dict()))
-        self._args = (DenoiserParts.of(denoiser), weights, null)
+        self._args = (skeleton(denoiser), weights, null)
         placement = config.placement
         spec = PoolSpec(
             identity=teacher_identity(config, fingerprint),

@@ -3,9 +3,11 @@
     window u:   generator update u on batch u of prompts
                 R critic updates: the first on the very images of the generator update (made before it moved, as in
                 DMD2's published order), the others on fresh ones
+    window u of a method whose critic learns first (SiD, moment matching):
+                R critic updates on fresh images, then generator update u on others
 
-The generator stands still during the critic updates. So where the teacher lives elsewhere, the samples of the next
-generator update are made and sent to it at the start of them: it scores while the critic learns, with no staleness.
+The generator stands still during the critic updates. So where the teacher lives elsewhere, the samples of the generator
+update after them are made and sent to it at their start: it scores while the critic learns, with no staleness.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from raydistill.checkpoint import Snapshot
 from raydistill.diffusion.random import Draws
 from raydistill.methods.method import Method, PhaseDraws, Query, RealBatch
 from raydistill.models.denoiser import frozen_weights
-from raydistill.models.diffusers_hub import TextToImage
+from raydistill.models.pipeline import Pipeline
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.preflight import preflight
@@ -80,7 +82,7 @@ class Rank:
         config: RunConfig,
         session: Session,
         world: World,
-        pipeline: TextToImage | None,
+        pipeline: Pipeline | None,
         open_reader: OpenReader | None,
     ):
         """world: the ranks of this rank's role. pipeline, open_reader: instead of those that the settings name."""
@@ -89,7 +91,7 @@ class Rank:
         self.world = world
         self.device = session.device
         self.draws = Draws(config.seed)
-        self.pipeline: TextToImage = pipeline or build.build_pipeline(config)
+        self.pipeline: Pipeline = pipeline or build.build_pipeline(config)
         self.method: Method = build.build_method(config, self.pipeline)
         self.elsewhere: Scorer | None = session.scorer(self.pipeline)
         self.batches = Batches(
@@ -130,24 +132,40 @@ class Rank:
         self.progress = Progress(**snapshot.manifest["progress"])
 
     def gan_stage(self, update: int) -> bool:
-        return self.method.gan_on(update) and self.method.needs.gan_head
+        return self.method.gan_on(update)
+
+    def wants_real(self, gan_stage: bool) -> bool:
+        """Whether a window reads real batches."""
+        return gan_stage or self.method.starts_from_real
+
+    def real_number(self, update: int, k: int | None = None) -> int:
+        """Which real batch goes with the k-th critic update of a window, or with its generator update (None).
+
+        The generator's own update shares the batch of k = 0, which has the same samples, unless the critic goes first.
+        """
+        r = self.method.critic_updates_per_generator
+        if self.method.critic_first and self.method.starts_from_real:
+            return update * (r + 1) + (r if k is None else k)
+        return update * r + (k or 0)
 
     def draws_of(self, phase: str, step: int, prompts: Prompts) -> PhaseDraws:
         return PhaseDraws(self.draws, phase, step, prompts.positions, self.device)
 
     def fresh_prompts(self, update: int, k: int) -> Iterator[Prompts]:
-        """Of the k-th critic update of a window, k >= 1: only R - 1 of R critic updates read prompts."""
-        return self.batches.prompts(
-            "prompt/critic", update * (self.method.critic_updates_per_generator - 1) + k - 1
-        )
+        """Of the k-th critic update of a window; where the generator goes first, k = 0 reads none."""
+        r = self.method.critic_updates_per_generator
+        number = update * r + k if self.method.critic_first else update * (r - 1) + k - 1
+        return self.batches.prompts("prompt/critic", number)
 
     def count(self, seconds: float) -> dict[str, float]:
         """Count a window; its counters, times and throughput."""
         r = self.method.critic_updates_per_generator
+        # a critic that learns first never sees the samples of the generator's own update
+        images = self.config.train.batch_size * (r + self.method.critic_first)
         done = self.progress
         done.generator_updates += 1
         done.critic_updates += r
-        done.images += self.config.train.batch_size * r
+        done.images += images
         done.train_s += seconds
         return {
             "generator_updates": float(done.generator_updates),
@@ -155,7 +173,7 @@ class Rank:
             "images": float(done.images),
             "time/update_s": seconds,
             "time/data_s": self.batches.take_seconds(),
-            "throughput/images_per_s": self.config.train.batch_size * r / seconds,
+            "throughput/images_per_s": images / seconds,
             "memory/peak_gib": peak_memory_gib(self.device),
         }
 
@@ -207,6 +225,12 @@ class GeneratorSide(Rank):
         self.generator.backward(x, asked.leaf, losses, self.batches.num_micro_batches, others_done)
         return x.detach()
 
+    def generator_step(self, update: int, *, gan_stage: bool) -> dict[str, float]:
+        """The optimiser's step on what was accumulated, unless the generator rests."""
+        if self.method.generator_rests(update):
+            return self.generator.rest()
+        return self.generator.step(self.config.train.batch_size, gan_stage=gan_stage)
+
     def fresh_sample(self, step: int, prompts: Prompts, real: RealBatch | None) -> Sampled:
         """A micro-batch for the critic update `step`; real: what a generator that starts from real samples noises."""
         if real is not None and self.method.starts_from_real:
@@ -216,8 +240,9 @@ class GeneratorSide(Rank):
         )
 
     def _ask(self, update: int) -> Iterator[Asked]:
-        step = update * self.method.critic_updates_per_generator
-        reals = self.batches.real(step, wanted=self.method.starts_from_real, ahead=self.asks_ahead)
+        reals = self.batches.real(
+            self.real_number(update), wanted=self.method.starts_from_real, ahead=self.asks_ahead
+        )
         for prompts in self.batches.prompts("prompt/generator", update):
             yield self._ask_one(update, prompts, next(reals))
 
@@ -229,7 +254,7 @@ class GeneratorSide(Rank):
         grad = not self.asks_ahead or self.batches.num_micro_batches == 1
         x = self._sample(prompts, real, draws, grad=grad)
         leaf = x.detach().requires_grad_()
-        queries = self.method.queries(leaf, prompts.cond, draws)
+        queries = self.method.queries(leaf, prompts.cond, real, draws)
         pending = {
             name: self.teacher.submit(query) for name, query in queries.items() if query.network == "teacher"
         }
@@ -245,6 +270,8 @@ class CriticSide(Rank):
     """A rank that holds the critic."""
 
     critic: CriticTrainer
+    teacher: Scorer
+    """Who answers the critic's own questions, where the method has any."""
 
     def build_critic(self, *, adopt: bool = False) -> None:
         """The critic; its GAN head may read the features of a teacher that lives elsewhere."""
@@ -264,9 +291,11 @@ class CriticSide(Rank):
         """One optimiser step of the critic on this rank's micro-batches."""
         for sampled in samples:
             draws = self.draws_of("critic", step, sampled.prompts)
-            losses = self.method.critic_losses(
-                self.critic.critic, sampled.x, sampled.prompts.cond, next(reals), draws
-            )
+            real, cond = next(reals), sampled.prompts.cond
+            asked = self.method.critic_queries(sampled.x, cond, real, draws)
+            pending = {name: self.teacher.submit(query) for name, query in asked.items()}
+            answers = {name: each.answer() for name, each in pending.items()}
+            losses = self.method.critic_losses(self.critic.critic, sampled.x, cond, real, draws, answers)
             self.critic.backward(losses, self.batches.num_micro_batches)
         return self.critic.step(gan_stage=gan_stage)
 
@@ -278,13 +307,15 @@ class Trainer(GeneratorSide, CriticSide):
         self,
         config: RunConfig,
         session: Session,
-        pipeline: TextToImage | None = None,
+        pipeline: Pipeline | None = None,
         open_reader: OpenReader | None = None,
     ):
         """pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, session.world, pipeline, open_reader)
         self.build_critic()
         self.build_generator()
+        self._sampled_at = 0
+        """The generator's optimiser steps when the samples in hand were made."""
 
     @property
     def parts(self) -> Mapping[str, GeneratorTrainer | CriticTrainer]:
@@ -292,43 +323,56 @@ class Trainer(GeneratorSide, CriticSide):
 
     @property
     def samples_are_older(self) -> bool:
-        return self.generator.optimizer.steps > self.progress.generator_updates
+        return self.generator.optimizer.steps > self._sampled_at
 
     def window(self) -> dict[str, float]:
         """One generator update and its R critic updates; returns the figures to log."""
         started = time.perf_counter()
         update = self.progress.generator_updates
-        r = self.method.critic_updates_per_generator
         gan_stage = self.gan_stage(update)
-        values = self.generator_update(update, gan_stage=gan_stage)
-        if self.asks_ahead:
-            self.ask_ahead(update + 1)
-        from_real = self.method.starts_from_real
+        if self.method.critic_first:
+            if self.asks_ahead:
+                self.ask_ahead(update)
+            values = self._critic_updates(update, gan_stage=gan_stage)
+            values |= self.generator_update(update, gan_stage=gan_stage)
+            self.kept = []
+        else:
+            values = self.generator_update(update, gan_stage=gan_stage)
+            if self.asks_ahead:
+                self.ask_ahead(update + 1)
+            values |= self._critic_updates(update, gan_stage=gan_stage)
+        return values | self.teacher.figures() | self.count(time.perf_counter() - started)
+
+    def _critic_updates(self, update: int, *, gan_stage: bool) -> dict[str, float]:
+        """The window's R critic updates; the figures of the last."""
+        values: dict[str, float] = {}
+        r = self.method.critic_updates_per_generator
+        wanted = self.wants_real(gan_stage)
         for k in range(r):
             step = update * r + k
             # each real micro-batch serves the sample, where that starts from it, and the critic's losses
-            sources, reals = tee(self.batches.real(step, wanted=gan_stage or from_real))
+            sources, reals = tee(self.batches.real(self.real_number(update, k), wanted=wanted))
             samples = iter(self.kept)
-            if k:
+            if k or self.method.critic_first:
                 samples = (
                     self.fresh_sample(step, prompts, next(sources))
                     for prompts in self.fresh_prompts(update, k)
                 )
             values |= self.critic_update(step, samples, reals, gan_stage=gan_stage)
-        return values | self.teacher.figures() | self.count(time.perf_counter() - started)
+        return values
 
     def generator_update(self, update: int, *, gan_stage: bool) -> dict[str, float]:
         """One optimiser step of the generator; its samples are kept for the critic."""
         # frozen until the backward pass is over: checkpointed activations are recomputed in it
         with frozen_weights(self.critic.critic):
-            self.kept = []
+            self.kept, self._sampled_at = [], self.generator.optimizer.steps
             for asked in self.asked(update):
                 answers = {
                     name: asked.pending[name].answer() if name in asked.pending else self.critic.answer(query)
                     for name, query in asked.queries.items()
                 }
                 self.kept.append(Sampled(self.generator_backward(asked, answers), asked.prompts))
-        return self.generator.step(self.config.train.batch_size, gan_stage=gan_stage)
+        return self.generator_step(update, gan_stage=gan_stage)
 
 
 def peak_memory_gib(device: torch.device) -> float:

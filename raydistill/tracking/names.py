@@ -8,13 +8,18 @@ from collections.abc import Iterable
 METRICS: dict[str, str] = {
     # losses, each the mean over the batch of one optimiser update
     "loss/dm": "generator: distribution-matching surrogate; its gradient is the normalised score difference",
+    "loss/sid": "generator: score identity loss, sum over a sample's elements, times method.generator_loss_scale",
     "loss/gan_generator": "generator: non-saturating GAN loss on generated samples",
+    "loss/moment": "generator: product of samples and moment gap; its value is no distance, its gradient is the gap",
     "loss/generator_total": "generator: weighted sum that is differentiated",
     "loss/dsm": "critic: denoising score matching on generated samples",
+    "loss/teacher": "critic: weighted squared distance to the teacher's x0 on noised generated samples",
     "loss/gan_critic": "critic: GAN classification loss on real and generated samples",
     "loss/critic_total": "critic: weighted sum that is differentiated",
     # gradient norms (L2), before clipping
     "grad_norm/dm": "gradient of the distribution-matching term at the generated samples of the global batch",
+    "grad_norm/sid": "gradient of the score identity term at the generated samples of the global batch",
+    "grad_norm/moment": "gradient of the moment-matching term at the generated samples of the global batch",
     "grad_norm/gan_generator": "gradient of the GAN term at the generated samples of the global batch",
     "grad_norm/generator": "whole gradient of the generator's weights",
     "grad_norm/critic": "whole gradient of the critic's weights",
@@ -52,12 +57,14 @@ METRICS: dict[str, str] = {
     # preflight: the teacher denoises real training samples before step 1
     "preflight/error_*": "relative error of the teacher's x0 at one noise level",
     # evaluation, at the step of the evaluated snapshot; N is part of the name
-    "eval/toyfid_*": "generator: Frechet distance in SceneNet features, over N samples",
+    "eval/toyfid_*": "generator: Frechet distance in the detector's features, over N samples",
     "eval/teacher_toyfid_*": "teacher: the same protocol with its own sampler",
-    "eval/toykid_*": "generator: kernel distance in SceneNet features, over N samples; unbiased",
+    "eval/toykid_*": "generator: kernel distance in the detector's features, over N samples; unbiased",
     "eval/teacher_toykid_*": "teacher: the same",
     "eval/prompt_accuracy_*": "generator: share of N samples that show every object their caption names",
     "eval/teacher_prompt_accuracy_*": "teacher: the same",
+    "eval/label_accuracy_*": "generator: share of N samples that the detector takes for the digit of their caption",
+    "eval/teacher_label_accuracy_*": "teacher: the same",
     "eval/lag_updates": "generator updates made between the snapshot and its result",
     "eval/seconds": "seconds one evaluation took",
     "eval/skipped": "snapshots passed over because a newer one was waiting",

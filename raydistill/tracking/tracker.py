@@ -37,6 +37,8 @@ class TrackingConfig:
     """sqlite:////absolute/file.db, http(s)://host:port or off; default: mlflow.db beside the run."""
     experiment: str = "raydistill"
     """MLflow experiment; made if it does not exist."""
+    parent_run_id: str | None = None
+    """MLflow run to show this one under (a comparison or sweep)."""
     journal_max_mb: int = 256
     """Largest metrics.jsonl in MB; beyond it, points that MLflow can't take are dropped and counted."""
     request_timeout_s: float = 10.0
@@ -66,7 +68,6 @@ class Tracker:
         run_dir: local folder of the run; holds metrics.jsonl and artifacts/.
         run_name: the name MLflow shows.
         run_id: MLflow run to go on with, for instance from a snapshot's manifest; None makes a new one.
-        parent_run_id: MLflow run to show this one under (a sweep).
 
     Raises ConfigError for a setting that can't work and TrackingError if the store does not answer now.
     """
@@ -77,7 +78,6 @@ class Tracker:
         run_dir: str,
         run_name: str,
         run_id: str | None = None,
-        parent_run_id: str | None = None,
     ) -> None:
         if "://" in run_dir:
             raise ConfigError(
@@ -95,7 +95,7 @@ class Tracker:
             uri = resolve_uri(config.uri, self.run_dir)
             self.uri = without_secrets(uri)
             self._run = MlflowRun(
-                uri, config.experiment, run_name, run_id, parent_run_id, config.request_timeout_s
+                uri, config.experiment, run_name, run_id, config.parent_run_id, config.request_timeout_s
             )
             self.run_id = self._run.run_id
         self._journal = Journal(self.run_dir, self.run_id, config.journal_max_mb * 2**20)

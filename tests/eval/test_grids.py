@@ -45,6 +45,13 @@ def test_pixels_are_repeated_exactly() -> None:
     assert (windows[:, :, 0] == enlarged).all((-1, -2, -3)).sum() == 1
 
 
+@pytest.mark.parametrize(("edge", "shown"), [(8, 96), (32, 96), (40, 80), (512, 512)])
+def test_without_a_scale_images_become_about_96_pixels_wide(edge: int, shown: int) -> None:
+    colour = (200, 0, 0)
+    top, bottom, left, right = extent(opened(grid_png([("a", plain(colour, size=edge))])), colour)
+    assert (bottom - top + 1, right - left + 1) == (shown, shown)
+
+
 def dark(region: npt.NDArray[np.uint8]) -> int:
     return int((region.max(-1) < 100).sum())
 
@@ -82,3 +89,5 @@ def test_rows_that_do_not_fit_together_are_refused() -> None:
         grid_png([("a", two.float())])
     with pytest.raises(DataError, match="1 captions for 2 columns"):
         grid_png([("a", two)], ["only one"])
+    with pytest.raises(DataError, match="scale of a grid must be at least 1, got 0"):
+        grid_png([("a", two)], scale=0)

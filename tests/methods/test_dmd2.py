@@ -85,7 +85,7 @@ def test_generator_equal_to_the_teachers_distribution_gets_zero_signal_at_every_
     schedule = VPDiscreteSchedule()
     method = DMD2(no_gan(), schedule, guidance_scale=1.0)
     x = (B + A * torch.randn(16, 1, 1, 1, dtype=torch.float64)).requires_grad_()
-    queries = method.queries(x, NO_COND, draws(16))
+    queries = method.queries(x, NO_COND, None, draws(16))
     same = gaussian(schedule, B, A)
     answers = {name: same(q.x_t, q.t, q.cond) for name, q in queries.items()}
     losses = method.generator_losses(x, queries, answers)
@@ -96,7 +96,7 @@ def test_generator_equal_to_the_teachers_distribution_gets_zero_signal_at_every_
 def test_teacher_is_asked_with_guidance_and_critic_without_on_the_same_noised_sample() -> None:
     method = DMD2(DMD2Config(), VPDiscreteSchedule(), guidance_scale=1.75)
     x = torch.randn(8, 4, 2, 2, requires_grad=True)
-    asked = method.queries(x, NO_COND, draws(8))
+    asked = method.queries(x, NO_COND, None, draws(8))
     assert (asked["real"].guidance_scale, asked["fake"].guidance_scale, asked["logit"].guidance_scale) == (
         1.75,
         1.0,
@@ -114,12 +114,12 @@ def test_distribution_matching_levels_stay_within_2_and_98_percent_and_the_criti
 ) -> None:
     times = (999.0,) if isinstance(schedule, VPDiscreteSchedule) else (80.0,)
     method = DMD2(no_gan(timesteps=times), schedule, guidance_scale=1.0)
-    t = method.queries(torch.zeros(20000, 1, 1, 1), NO_COND, draws(20000))["real"].t
+    t = method.queries(torch.zeros(20000, 1, 1, 1), NO_COND, None, draws(20000))["real"].t
     low, high = (20.0, 980.0) if isinstance(schedule, VPDiscreteSchedule) else (0.00323, 72.1)
     assert low <= float(t.min()) < 1.02 * low
     assert 0.99 * high < float(t.max()) <= high
     seen = Recorder(schedule)
-    method.critic_losses(Critic(seen, None), torch.zeros(20000, 1, 1, 1), NO_COND, None, draws(20000))
+    method.critic_losses(Critic(seen, None), torch.zeros(20000, 1, 1, 1), NO_COND, None, draws(20000), {})
     assert float(seen.t.min()) < low
     assert float(seen.t.max()) > 0.999 * schedule.t_max
 
@@ -145,7 +145,7 @@ def test_critics_optimum_is_the_generators_own_denoiser(schedule: NoiseSchedule)
 
     def loss(mean: float, std: float) -> Tensor:
         critic = Critic(gaussian(schedule, mean, std), None)
-        terms = method.critic_losses(critic, x, NO_COND, None, draws(count)).terms["dsm"]
+        terms = method.critic_losses(critic, x, NO_COND, None, draws(count), {}).terms["dsm"]
         return torch.stack(torch.autograd.grad(terms, tuple(critic.parameters()))).flatten()
 
     at_optimum, away = loss(B, A), loss(B + 0.3, 1.2 * A)
@@ -157,7 +157,7 @@ def test_critic_loss_is_the_plain_eps_error_for_vp_and_edms_weighted_error_for_e
     for schedule, times in ((VPDiscreteSchedule(), (999.0,)), (EDMSchedule(), (80.0,))):
         method = DMD2(no_gan(timesteps=times), schedule, guidance_scale=1.0)
         net = Recorder(schedule)
-        loss = method.critic_losses(Critic(net, None), x, NO_COND, None, draws(6)).terms["dsm"]
+        loss = method.critic_losses(Critic(net, None), x, NO_COND, None, draws(6), {}).terms["dsm"]
         alpha, sigma = expand(schedule.alpha(net.t), x), expand(schedule.sigma(net.t), x)
         noise = (net.x_t - alpha * x) / sigma
         if isinstance(schedule, EDMSchedule):
@@ -190,7 +190,7 @@ def test_generators_gan_gradient_is_minus_sigmoid_of_minus_l_times_dl_dx() -> No
     method = DMD2(DMD2Config(gan_weight_generator=0.7, gan_weight_critic=0.1), schedule, guidance_scale=1.0)
     head = QuadraticHead()
     x = torch.randn(10, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    query = method.queries(x, NO_COND, draws(10))["logit"]
+    query = method.queries(x, NO_COND, None, draws(10))["logit"]
     logit = head(query.x_t)
     zeros = torch.zeros_like(x)
     losses = method.generator_losses(x, {}, {"real": zeros + 1, "fake": zeros + 2, "logit": logit})
@@ -210,7 +210,7 @@ def test_discriminator_loss_has_fake_low_and_real_high_with_independent_times() 
     critic = Critic(net, QuadraticHead())
     x, real = torch.randn(2, 9, 1, 1, 1, dtype=torch.float64)
     cond = Cond({"label": torch.arange(9)})
-    losses = method.critic_losses(critic, x, cond, RealBatch(real, cond), draws(9))
+    losses = method.critic_losses(critic, x, cond, RealBatch(real, cond), draws(9), {})
     fake_t, real_t = seen[0].chunk(2)
     assert not torch.equal(fake_t, real_t)
     (d_fake_logit,) = torch.autograd.grad(losses.terms["gan_critic"], critic.head.v)  # type: ignore[union-attr]
@@ -219,7 +219,7 @@ def test_discriminator_loss_has_fake_low_and_real_high_with_independent_times() 
     def value(fake_logit: float, real_logit: float) -> tuple[float, float, float]:
         head = torch.nn.Module()
         head.forward = lambda f: torch.tensor([fake_logit] * 9 + [real_logit] * 9)  # type: ignore[method-assign]
-        losses = method.critic_losses(Critic(net, head), x, cond, RealBatch(real, cond), draws(9))
+        losses = method.critic_losses(Critic(net, head), x, cond, RealBatch(real, cond), draws(9), {})
         accuracies = losses.scalars["critic/fake_accuracy"], losses.scalars["critic/real_accuracy"]
         return float(losses.terms["gan_critic"]), float(accuracies[0]), float(accuracies[1])
 
@@ -236,14 +236,16 @@ def test_gan_starts_with_stage_two_in_both_roles() -> None:
         guidance_scale=1.0,
     )
     x = torch.zeros(2, 1, 1, 1, requires_grad=True)
-    assert "logit" not in method.queries(x, NO_COND, draws(2, step=9))
-    assert "logit" in method.queries(x, NO_COND, draws(2, step=10))
+    assert "logit" not in method.queries(x, NO_COND, None, draws(2, step=9))
+    assert "logit" in method.queries(x, NO_COND, None, draws(2, step=10))
     net = Transparent(method.schedule, torch.zeros(1).double(), torch.ones(1).double())
     critic, real = Critic(net, QuadraticHead()), RealBatch(torch.zeros(2, 1, 1, 1), NO_COND)
     cond = Cond({"label": torch.zeros(2)})
     real = RealBatch(torch.zeros(2, 1, 1, 1), cond)
-    assert "gan_critic" not in method.critic_losses(critic, x.detach(), cond, real, draws(2, step=49)).terms
-    assert "gan_critic" in method.critic_losses(critic, x.detach(), cond, real, draws(2, step=50)).terms
+    assert (
+        "gan_critic" not in method.critic_losses(critic, x.detach(), cond, real, draws(2, step=49), {}).terms
+    )
+    assert "gan_critic" in method.critic_losses(critic, x.detach(), cond, real, draws(2, step=50), {}).terms
 
 
 def test_one_step_generator_starts_from_unit_noise_for_vp_and_from_sigma_noise_for_edm() -> None:

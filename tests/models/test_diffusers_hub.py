@@ -66,7 +66,7 @@ def test_bottleneck_features_are_the_mid_blocks_output_in_a_whole_forward_pass(p
     pipeline.denoiser(x_t, t, cond)
     hook.remove()
     assert torch.equal(pipeline.denoiser.features(x_t, t, cond), seen[0])
-    assert seen[0].shape[1] == pipeline.denoiser.feature_channels
+    assert seen[0].shape[1:] == pipeline.denoiser.feature_shape
 
 
 def test_x0_follows_from_the_networks_own_eps(pipeline: TextToImage) -> None:

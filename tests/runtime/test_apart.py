@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from raydistill.errors import PlacementError
+from raydistill.methods.moment_matching import MomentMatchingConfig
+from raydistill.methods.sid import SiDConfig
 from raydistill.roles.world import World
 from raydistill.runtime.apart import CriticRank, GeneratorRank
 from raydistill.runtime.build import build_teacher
@@ -20,6 +22,24 @@ from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.simulate import Layout, Network, RoleSeconds, Sizes, simulate
 from tests.tiny import PlainSession, normal_source, tiny_config, tiny_pipeline, tiny_trainer
 
+KAPPA = {"guidance_scale_critic_training": 2.0, "guidance_scale_critic": 2.0}
+# their critics learn first
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "sid": {"method": SiDConfig(generator_loss_scale=1.0, critic_updates_per_generator=2)},
+    "lsg": {"method": SiDConfig(alpha=1.0, generator_loss_scale=1.0, **KAPPA)},
+    "sida": {
+        "method": SiDConfig(
+            gan_weight_critic=1.0, gan_weight_generator=0.01, generator_rest_updates=1, gan_start_update=2
+        )
+    },
+    "moment_matching": {"method": MomentMatchingConfig(num_steps=4)},
+    "instant": {
+        "method": MomentMatchingConfig(num_steps=4, variant="instant"),
+        "teacher": {"guidance_scale": 1.0},
+    },
+}
+SHORT = {"train": {"batch_size": 8, "generator_updates": 4}}
+HALVED = {"train": {"batch_size": 8, "generator_updates": 4, "micro_batch_size": 4}}
 CLOCK = ("time/", "throughput/", "memory/", "version/", "teacher/")
 
 
@@ -54,6 +74,20 @@ def test_asking_the_teacher_ahead_changes_no_number(micro: int | None, features:
     trainer = tiny_trainer(config, scorer=scorer)
     assert trainer.asks_ahead
     assert [figures(trainer.window()) for _ in range(6)] == expected
+    critic = {f"critic/{name}": tensor for name, tensor in weights(trainer.critic).items()}
+    for name, tensor in (weights(trainer.generator) | critic).items():
+        assert torch.equal(tensor, expected_weights[name]), name
+
+
+@pytest.mark.parametrize("sections", OTHER_METHODS.values(), ids=OTHER_METHODS)
+def test_a_teacher_asked_ahead_while_the_critic_learns_first_changes_no_number(
+    sections: dict[str, Any],
+) -> None:
+    torch.set_num_threads(1)
+    config = config_of(**sections, **HALVED)
+    expected, expected_weights = colocated(config, 4)
+    trainer = tiny_trainer(config, scorer=build_teacher(config, tiny_pipeline(), torch.device("cpu")))
+    assert [figures(trainer.window()) for _ in range(4)] == expected
     critic = {f"critic/{name}": tensor for name, tensor in weights(trainer.critic).items()}
     for name, tensor in (weights(trainer.generator) | critic).items():
         assert torch.equal(tensor, expected_weights[name]), name
@@ -144,8 +178,10 @@ def apart(tmp_path: Path, world_size: int, critics: int, **sections: Any) -> lis
             },
             "train": {"batch_size": 8, "generator_updates": 6, "micro_batch_size": 4},
         },
+        *(sections | SHORT for sections in OTHER_METHODS.values()),
+        OTHER_METHODS["moment_matching"] | HALVED,
     ],
-    ids=["gan", "real_data_accumulated"],
+    ids=["gan", "real_data_accumulated", *OTHER_METHODS, "moment_matching_accumulated"],
 )
 def test_one_rank_for_each_role_gives_the_losses_and_weights_of_one_process_bit_for_bit(
     tmp_path: Path, sections: dict[str, Any]

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from raydistill.errors import PlacementError
-from raydistill.methods.method import Needs
-from raydistill.runtime.fit import require_fit, require_memory, require_served
+from raydistill.runtime.fit import require_fit, require_memory
 from raydistill.runtime.plan import GIB, Plan, plan
 from raydistill.runtime.settings import RunConfig
 from tests.tiny import tiny_config
@@ -70,28 +69,3 @@ def test_unknown_gpu_memory_is_told_and_not_guessed(
     config = scenes(gpus_per_worker=1)
     require_fit(config, [0.0])
     assert "placement.device_gib" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("needs", "served_by"),
-    [
-        ({"teacher": "score", "critic": "vjp"}, {"colocated", "teachers", "disaggregated"}),
-        ({"teacher": "vjp", "critic": "vjp"}, {"colocated", "teachers", "disaggregated"}),
-        ({"teacher": "parameters", "critic": "none"}, {"colocated"}),
-        ({"teacher": "score", "critic": "parameters"}, {"colocated", "teachers"}),
-    ],
-)
-def test_method_that_differentiates_through_weights_needs_them_in_its_process(
-    needs: dict[str, Any], served_by: set[str]
-) -> None:
-    for mode in ("colocated", "teachers", "disaggregated"):
-        config = scenes(mode=mode, workers=2)
-        if mode in served_by:
-            require_served(config, Needs(real_data=False, **needs))
-            continue
-        role = "teacher" if needs["teacher"] == "parameters" else "critic"
-        with pytest.raises(
-            PlacementError,
-            match=rf"method\.kind=dmd2 .* the {role}'s weights, .*placement\.mode={mode} keeps",
-        ):
-            require_served(config, Needs(real_data=False, **needs))

@@ -295,7 +295,7 @@ def test_bench_prints_and_writes_what_it_promises(tmp_path: Path) -> None:
     seconds = RoleSeconds(**result["role_seconds"])
     assert seconds.window(5) == pytest.approx(result["seconds_median"], rel=0.7)  # another update of the same
     for phase, value in result["role_seconds"].items():
-        assert value > 0
+        assert value > 0 or phase == "teacher_for_critic"  # of which DMD2 has none
         assert re.search(rf"^  {phase} +{value:.4f}$", done.stdout, re.M)
     assert result["workload"]["teacher.guidance_scale"] == "1"
     # the process also holds what convolutions work in; the plan counts tensors
@@ -324,7 +324,7 @@ def test_bench_measures_a_job_and_says_what_is_wrong_with_it_in_a_line(tmp_path:
     (result,) = json.loads(out.read_text())["results"]
     assert (result["size"], result["batch_size"]) == ("dmd2", 2)
     assert result["critic_updates_per_generator"] == 2  # the job's own
-    assert result["workload"]["method.gan_features"] == "no GAN"
+    assert result["workload"]["the method's critic_answer in passes"] == 1
     assert result["workload"]["teacher.guidance_scale"] == "1"
     done = subprocess.run(
         [*command, "--job", "dmd2", "--preset", "none"], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -152,7 +152,7 @@ def test_remote_denoiser_is_an_ordinary_module(manager: Any, local: TeacherScore
             torch.autograd.grad(found, asked.x_t, cotangent)[0],
             torch.autograd.grad(expected, asked.x_t, cotangent)[0],
         )
-    assert pool.denoiser.feature_channels == local.denoiser.feature_channels
+    assert pool.denoiser.feature_shape == local.denoiser.feature_shape
     assert not list(pool.denoiser.parameters())
 
 

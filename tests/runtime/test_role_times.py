@@ -88,7 +88,9 @@ def test_phases_of_a_real_clock_add_up_to_the_window() -> None:
         found = window_phases(trainer, phases)
         took = time.perf_counter() - started
     assert found.window(2) == pytest.approx(took, rel=0.02)
-    assert all(getattr(found, field.name) > 0 for field in fields(RoleSeconds))
+    # in DMD2 the critic asks the teacher nothing
+    asked = [field.name for field in fields(RoleSeconds) if field.name != "teacher_for_critic"]
+    assert all(getattr(found, name) > 0 for name in asked)
     assert found.generator_step < found.generator_update
     assert found.critic_step < found.critic_update
 
@@ -117,8 +119,8 @@ def test_role_times_of_this_run_are_taken_and_the_nearest_batch_is_scaled(tmp_pa
     [
         ({"teacher": {"guidance_scale": 1.0}}, r"teacher\.guidance_scale was other than 1, the job's is 1"),
         ({"method": {"gan_weight_generator": 0.0, "gan_weight_critic": 0.0}},
-         r"method\.gan_features was critic, the job's is no GAN"),
-        ({"method": {"timesteps": (999.0, 499.0)}}, r"method\.timesteps was 1 of them, the job's is 2 of them"),
+         r"the method's critic_answer in passes was 1\.\d+, the job's is 1\.0"),
+        ({"method": {"timesteps": (999.0, 499.0)}}, r"the method's rollout in passes was 0\.0, the job's is 0\.5"),
         ({"train": {"dtype": "bf16"}}, r"train\.dtype was fp32, the job's is bf16"),
         ({"train": {"activation_checkpointing": True}}, r"train\.activation_checkpointing was False"),
     ],
