@@ -138,8 +138,8 @@ class InstantCriticTrainer(CriticTrainer):
 
 @contextmanager
 def _forward_mode(denoiser: Denoiser) -> Iterator[None]:
-    """Neither fused attention nor compiled graphs nor autocast nor, with channels last, group norms can be
-    differentiated forward: without them, in fp32."""
+    """Neither fused attention nor autocast nor, with channels last, group norms can be differentiated forward: without
+    them, in fp32."""
 
     def contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(each.contiguous() for each in inputs)
@@ -148,7 +148,7 @@ def _forward_mode(denoiser: Denoiser) -> Iterator[None]:
     hooks = [norm.register_forward_pre_hook(contiguous) for norm in norms]
     dtype, denoiser.dtype = denoiser.dtype, "fp32"
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         denoiser.dtype = dtype

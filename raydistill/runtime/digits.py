@@ -116,3 +116,8 @@ def moment_matching(num_steps: int = 8, images: int = IMAGES, **changes: Any) ->
     return digits_run(
         f"moment_matching_{num_steps}_digits", method, images=images, generator=_MOMENT, critic=_MOMENT_CRITIC
     )
+
+
+def long(images: int = 2_000_000) -> RunConfig:
+    """The best one-step method for most of an hour on one core."""
+    return replace(sid(images), name="sid_digits_long")

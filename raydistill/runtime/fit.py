@@ -53,8 +53,8 @@ def require_memory(config: RunConfig, planned: Plan, node_bytes: Sequence[float]
                 for role in ROLES_ON[planned.mode][kind]
             )
             raise PlacementError(
-                f"placement.mode={planned.mode} takes {num_bytes / GIB:.2f} GiB of each {kind} ({held}; tensors alone), "
-                f"and {where.format(f'{limit / GIB:.2f}')}: {_LOWER}"
+                f"placement.mode={planned.mode} takes {num_bytes / GIB:.2f} GiB of each {kind} ({held}; tensors "
+                f"alone), and {where.format(f'{limit / GIB:.2f}')}: {_LOWER}"
             )
     if on_cpus > sum(node_bytes):
         each = ", ".join(
@@ -62,8 +62,9 @@ def require_memory(config: RunConfig, planned: Plan, node_bytes: Sequence[float]
             for kind, num_bytes in planned.device_bytes.items()
         )
         raise PlacementError(
-            f"placement.mode={planned.mode} takes {on_cpus / GIB:.2f} GiB of the nodes' memory ({each}; tensors alone), "
-            f"and they have {sum(node_bytes) / GIB:.2f} GiB together: fewer placement.workers or replicas, or {_LOWER}"
+            f"placement.mode={planned.mode} takes {on_cpus / GIB:.2f} GiB of the nodes' memory ({each}; tensors "
+            f"alone), and they have {sum(node_bytes) / GIB:.2f} GiB together: fewer placement.workers or "
+            f"replicas, or {_LOWER}"
         )
 
 

@@ -201,6 +201,21 @@ def test_a_compiled_network_has_a_forward_mode_too() -> None:
     assert batch.generator_gradient(owner) == pytest.approx(exact, rel=1e-12)
 
 
+def test_a_channels_last_network_has_a_forward_mode_too() -> None:
+    critic, query = unet_critic(torch.float32)
+    owner = trainer(critic)
+    unet_update(owner, query)
+    tangent = owner.answer(query)
+    critic.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(
+        owner.answer(query), tangent, rtol=1e-4, atol=1e-4 * tangent.abs().max().item()
+    )
+    unet_update(owner, query)
+    torch.testing.assert_close(
+        owner.answer(query), tangent, rtol=1e-4, atol=1e-4 * tangent.abs().max().item()
+    )
+
+
 def test_checkpointed_and_bfloat16_networks_have_a_forward_mode_too() -> None:
     critic, query = unet_critic(torch.float32)
     owner = trainer(critic)

@@ -1,0 +1,170 @@
+"""Several runs under one parent in MLflow, a table, and a plot: what a comparison of methods or settings is made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from raydistill.config import to_dict
+from raydistill.errors import ConfigError
+from raydistill.eval.protocol import SAMPLER_FIELDS, Protocol, require_same
+from raydistill.runtime.prepare import prepare_builtin, prepare_shards
+from raydistill.runtime.run import resolve, run
+from raydistill.runtime.session import LEDGER, TEACHER_STEP
+from raydistill.runtime.settings import RunConfig, config_from_dict, validate
+from raydistill.tracking import Tracker, previous_run_id
+
+Summary = dict[str, Any]
+
+
+def compare(
+    name: str, configs: Sequence[RunConfig], *, at_once: int, threads: int = 1
+) -> tuple[list[Summary], Tracker]:
+    """Run all, `at_once` at a time in processes of `threads` threads each, under a parent run of this name.
+
+    Each goes on from its newest snapshot; one that is complete is read. Returns their summaries, in order, and the
+    parent's tracker, which the caller finishes. Raises ConfigError if two share a name or if their figures can't be
+    compared, and whatever a run raises.
+    """
+    names = [config.name for config in configs]
+    if doubled := {each for each in names if names.count(each) > 1}:
+        raise ConfigError(f"runs of a comparison need names of their own: {', '.join(sorted(doubled))}")
+    configs = [resolve(config) for config in configs]
+    for config in configs:
+        validate(config)
+    first = configs[0]
+    for config in configs:
+        prepare_builtin(config)
+        prepare_shards(config)
+    folder = f"{first.output_dir}/{name}"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    parent = Tracker(first.tracking, folder, name, run_id=previous_run_id(folder))
+    parent.params({"runs": json.dumps(names)})
+    children = [
+        replace(
+            config,
+            tracking=replace(config.tracking, parent_run_id=parent.run_id if parent.uri else None),
+            placement=replace(config.placement, session="inline", workers=1),
+            evaluator=replace(config.evaluator, threads=threads),
+        )
+        for config in configs
+    ]
+    done: dict[str, Summary] = {}
+    bar = tqdm(total=len(children), desc=name, unit="run")
+    try:
+        with ProcessPoolExecutor(at_once, get_context("spawn"), _few_threads, (threads,)) as pool:
+            waiting = {pool.submit(_run, to_dict(child)): child.name for child in children}
+            try:
+                for future in as_completed(waiting):
+                    done[waiting[future]] = future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        require_same([_protocol(config) for config in children], SAMPLER_FIELDS)
+    except BaseException:
+        parent.finish("FAILED")
+        raise
+    finally:
+        bar.close()
+    return [done[each] for each in names], parent
+
+
+def _few_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _run(settings: Mapping[str, Any]) -> Summary:
+    return run(config_from_dict(dict(settings)))
+
+
+def _protocol(config: RunConfig) -> Protocol:
+    ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
+    entry = ledger[str(TEACHER_STEP)]
+    if entry["state"] != "done":
+        raise ConfigError(f"the teacher's figure of {config.name} is missing: {entry.get('error')}")
+    return Protocol.from_dict({key: value for key, value in entry["protocol"].items() if key != "hash"})
+
+
+def row(summary: Summary) -> dict[str, Any]:
+    """A line of the table: where it began, where it came to, and what that cost."""
+    accuracy = summary["accuracy"]
+    return {
+        "name": summary["name"],
+        "method": summary["method"],
+        "steps": summary["generator_steps"],
+        "toyfid_start": summary["toyfid_start"],
+        "toyfid_end": summary["toyfid_end"],
+        "toyfid_teacher": summary["toyfid_teacher"],
+        accuracy: summary[accuracy],
+        "generator_updates": summary["generator_updates"],
+        "critic_updates": summary["critic_updates"],
+        "images": summary["images"],
+        "wall_s": summary["wall_s"],
+        "seed": summary["seed"],
+        "samples": summary["toyfid_samples"],
+        "curve": summary["curve"],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For the screen and for README, in Markdown."""
+    accuracy = next(name for name in rows[0] if name.endswith("_accuracy"))
+    n = rows[0]["samples"]
+    heads = [
+        "run", "steps", f"toyfid ({n}), start", "end", "lower by", "over the teacher's", accuracy.replace("_", " "),
+        "images", "seconds",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for each in rows:
+        start, end, teacher = each["toyfid_start"], each["toyfid_end"], each["toyfid_teacher"]
+        cells = [
+            each["name"], str(each["steps"]), f"{start:.3f}", f"{end:.3f}", f"{start / end:.1f}x",
+            f"{end / teacher:.2f}x", f"{each[accuracy]:.3f}", str(each["images"]), f"{each['wall_s']:.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append(f"\nteacher: {rows[0]['toyfid_teacher']:.3f}")
+    return "\n".join(lines)
+
+
+def plot_png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """toyfid against generated images, one curve a run, the teacher's figure as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for number, each in enumerate(rows):
+        per_update = each["images"] / each["generator_updates"]
+        points = [(step * per_update, value) for step, value, _ in each["curve"]]
+        axes.plot(
+            *zip(*points, strict=True), marker="os^Dv"[number % 5], markersize=4, label=each["name"],
+            linestyle="-" if number < 7 else "--",
+        )  # fmt: skip
+    teacher = rows[0]["toyfid_teacher"]
+    axes.axhline(teacher, color="black", linestyle=":", label=f"teacher ({teacher:.3f})")
+    axes.set(
+        yscale="log",
+        xlabel="images generated for training",
+        ylabel=f"toyfid ({rows[0]['samples']} samples)",
+        title=title,
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,85 @@
+"""Several runs as one comparison: real runs on the digits, a real MLflow store."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from subprocess import run as run_command
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from raydistill.errors import ConfigError
+from raydistill.runtime import digits
+from raydistill.runtime.compare import compare
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "jobs" / "compare_methods.py"
+
+
+def test_a_small_comparison_ends_with_table_plot_and_runs_under_one_parent_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "comparison.json"
+    command = [
+        sys.executable, str(JOB), "--only", "sid", "moment_matching_2", "--images", "1280", "--runs",
+        str(tmp_path / "runs"), "--out", str(out),
+    ]  # fmt: skip
+    done = run_command(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(each["method"], each["steps"], each["images"]) for each in rows] == [
+        ("sid", 1, 1280), ("moment_matching", 2, 1280),
+    ]  # fmt: skip
+    for each in rows:
+        assert (
+            f"| {each['name']} | {each['steps']} | {each['toyfid_start']:.3f} | {each['toyfid_end']:.3f} |"
+            in done.stdout
+        )
+        assert each["toyfid_end"] != each["toyfid_start"]
+        assert 0 < each["toyfid_teacher"] < each["toyfid_end"]
+        assert each["curve"][0][:2] == [0, each["toyfid_start"]]
+        assert each["wall_s"] > 0
+    assert Image.open(out.with_suffix(".png")).width > 500
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "raydistill"]
+    by_name = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = by_name.pop("digits_methods")
+    assert by_name.keys() == {"sid_digits", "moment_matching_2_digits"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in by_name.values()} == {parent.info.run_id}
+    assert {run.info.status for run in by_name.values()} == {"FINISHED"} == {parent.info.status}
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
+        "comparison.json",
+        "comparison.png",
+    }
+
+    again = run_command(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(out.read_text())["rows"] == rows
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_runs_of_one_name_are_refused() -> None:
+    twice = [digits.sid(), digits.sid(alpha=1.0)]
+    with pytest.raises(ConfigError, match="names of their own: sid_digits"):
+        compare("twice", twice, at_once=1)
+
+
+def test_figures_of_different_protocols_are_never_put_in_one_table(tmp_path: Path) -> None:
+    few = [digits.sid(128), replace(digits.sid(128), name="other")]
+    few = [
+        replace(config, output_dir=str(tmp_path), tracking=replace(config.tracking, uri="off"))
+        for config in few
+    ]
+    few[1] = replace(few[1], evaluator=replace(few[1].evaluator, num_samples=599))
+    with pytest.raises(ConfigError, match="can't be compared, their protocols differ in num_samples"):
+        compare("mixed", few, at_once=2)
+
+
+@pytest.mark.parametrize("method", [digits.dmd2, digits.sid, digits.sida, digits.moment_matching])
+def test_budgets_are_in_generated_images(method: object) -> None:
+    config = method(images=100_000)  # type: ignore[operator]
+    per_update = digits.images_of_update(config.method)
+    assert 100_000 - per_update < config.train.generator_updates * per_update <= 100_000
