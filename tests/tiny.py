@@ -1,4 +1,4 @@
-"""A tiny real trainer for tests: random UNet on 3x8x8 pixels, normal data, no files."""
+"""A tiny real trainer for tests: random UNet on 3x8x8 pixels or the shipped digits network, normal data, no files."""
 
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -22,6 +22,17 @@ def normal_source(purpose: str, fields: tuple[str, ...], size: int, micro: int, 
         purpose, fields, size, micro,
         latent_shape=(3, 8, 8), cond_shapes={"text": (1, 64)}, rank=world.rank, world_size=world.size,
     )  # fmt: skip
+
+
+def digits_source(purpose: str, fields: tuple[str, ...], size: int, micro: int, world: World) -> NormalSource:
+    return NormalSource(
+        purpose, fields, size, micro,
+        latent_shape=(1, 8, 8), cond_shapes={"label": ()}, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+
+
+DIGITS = {"path": "builtin:digits", "guidance_scale": 1.0}
+"""Settings of the teacher, an EDM network."""
 
 
 class PlainSession:
@@ -61,6 +72,8 @@ def tiny_config(**sections: Any) -> RunConfig:
 
 
 def tiny_trainer(config: RunConfig, world: World | None = None, scorer: Scorer | None = None) -> Trainer:
-    pipeline = tiny_pipeline()
+    """On the digits network where teacher.path says so."""
     session = PlainSession(world, scorer)
-    return Trainer(config, session, pipeline, normal_source)  # type: ignore[arg-type]
+    if config.teacher.path == "builtin:digits":
+        return Trainer(config, session, None, digits_source)  # type: ignore[arg-type]
+    return Trainer(config, session, tiny_pipeline(), normal_source)  # type: ignore[arg-type]

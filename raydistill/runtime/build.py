@@ -50,12 +50,22 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
 
 def build_method(config: RunConfig, pipeline: Pipeline) -> Method:
     """The method of a teacher. Raises ConfigError if the settings ask of it what it doesn't have."""
-    if config.teacher.guidance_scale != 1 and pipeline.null_cond(1) is None:
-        raise ConfigError(
-            f"teacher.guidance_scale={config.teacher.guidance_scale:g} needs an unconditional half, which the networks "
-            f"of teacher.path={config.teacher.path!r} don't have: it must be 1"
-        )
+    require_guidable(config, pipeline.null_cond(1) is not None)
     return method_for(config, pipeline.denoiser.schedule)
+
+
+def require_guidable(config: RunConfig, has_null_cond: bool) -> None:
+    """Raise ConfigError if the settings guide networks that have no unconditional half."""
+    scales = {"teacher.guidance_scale": config.teacher.guidance_scale}
+    for name, value in vars(config.method).items():
+        if name.startswith("guidance_scale"):
+            scales[f"method.{name}"] = value
+    for name, scale in scales.items():
+        if scale != 1 and not has_null_cond:
+            raise ConfigError(
+                f"{name}={scale:g} needs an unconditional half, which the networks of "
+                f"teacher.path={config.teacher.path!r} don't have: it must be 1"
+            )
 
 
 def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:

@@ -22,23 +22,23 @@ from raydistill.runtime.settings import (
     TrainConfig,
 )
 
-IMAGES = 200_000
+IMAGES = 300_000
 """Generated for training in a run, as long as nothing else is said."""
 BATCH = 64
 NUM_IMAGES = 1797
 """Of the data set, and of a figure."""
 
-_EMA: dict[str, Any] = {"ema_halflife_images": 4000.0, "ema_ramp": 0.05}
+_EMA: dict[str, Any] = {"ema_halflife_images": 8000.0, "ema_ramp": 0.05}
 _SID: dict[str, Any] = {"betas": (0.0, 0.999), "weight_decay": 0.0, "clip_norm": None, "warmup_steps": 0}
 _ADAM = GeneratorConfig(lr=2e-4, lr_schedule="linear", **_SID, **_EMA)
 _CRITIC = CriticConfig(lr=4e-4, lr_schedule="linear", **_SID)
 _ADAM_W = GeneratorConfig(lr=2e-4, warmup_steps=10, lr_schedule="linear", **_EMA)
 _CRITIC_W = CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear")
 _MOMENT = GeneratorConfig(
-    lr=2e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear", **_EMA
+    lr=4e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear", **_EMA
 )
 _MOMENT_CRITIC = CriticConfig(
-    lr=4e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear"
+    lr=8e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear"
 )
 
 
@@ -112,7 +112,7 @@ def sida(images: int = IMAGES, **changes: Any) -> RunConfig:
 
 def moment_matching(num_steps: int = 8, images: int = IMAGES, **changes: Any) -> RunConfig:
     """Moment matching in `num_steps` steps; changes: of its settings."""
-    method = replace(MomentMatchingConfig(num_steps=num_steps), **changes)
+    method = replace(MomentMatchingConfig(num_steps=num_steps, weighting="sqrt_edm"), **changes)
     return digits_run(
         f"moment_matching_{num_steps}_digits", method, images=images, generator=_MOMENT, critic=_MOMENT_CRITIC
     )

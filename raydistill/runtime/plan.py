@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.methods.method import Work
 from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.edm_pipeline import is_edm
 from raydistill.models.heads import BottleneckHead
-from raydistill.runtime.build import denoiser_on_meta, method_for
+from raydistill.runtime.build import denoiser_on_meta, method_for, require_guidable
 from raydistill.runtime.ranks import best_num_critic
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.runtime.simulate import Mode, RoleSeconds
 
 GIB = 2**30
@@ -119,7 +120,8 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """The plan of a run. Raises ConfigError if the teacher's folder can't be read."""
+    """The plan of a run. Raises ConfigError if the teacher's folder can't be read or can't be guided as asked."""
+    require_guidable(config, not is_edm(teacher_folder(config.teacher)))
     return plan_for(config, *denoiser_on_meta(config))
 
 

@@ -137,6 +137,17 @@ def simulate(
     return Simulated(window, {role: max(0.0, 1 - busy / window) for role, busy in run.busy().items()})
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """The teacher's queries of all ranks of a role, a batch together."""
+
+    ranks: int
+    serve: float
+    """Seconds between two answers of a replica."""
+    query_hop: float
+    answer_hop: float
+
+
 class _Run:
     def __init__(
         self,
@@ -171,10 +182,15 @@ class _Run:
             self.wire + network.seconds(sizes.answer_gradient / narrow) if sizes.answer_gradient else 0.0
         )
         answer = sizes.batch if sizes.answer is None else sizes.answer
-        self.query_hop = teacher_network.seconds(sizes.query / g)
-        self.answer_hop = teacher_network.seconds(answer / g)
-        # a replica receives, computes and sends at once: the slowest of the three sets its pace
-        self._serve = max(self.teacher, max(sizes.query, answer) / g / teacher_network.bytes_per_s)
+
+        def asking(ranks: int, seconds: float) -> _Asking:
+            # a replica receives, computes and sends at once: the slowest of the three sets its pace
+            serve = max(seconds, max(sizes.query, answer) / ranks / teacher_network.bytes_per_s)
+            hops = (teacher_network.seconds(size / ranks) for size in (sizes.query, answer))
+            return _Asking(ranks, serve, *hops)
+
+        self._generators_ask = asking(g, self.teacher)
+        self._critics_ask = asking(c, self.for_critic)
         self._replicas = [(0.0, max(1, layout.teachers))]
         """(free from, how many)"""
 
@@ -193,7 +209,10 @@ class _Run:
 
     def scored(self, sent_at: float) -> float:
         """When the last answer is back to queries that every generator rank sends at this time."""
-        arrived, left = sent_at + self.query_hop, self.layout.generators
+        return self._answered(sent_at, self._generators_ask)
+
+    def _answered(self, sent_at: float, asking: _Asking) -> float:
+        arrived, left, serve = sent_at + asking.query_hop, asking.ranks, asking.serve
         last = arrived
         while left:
             free, count = heapq.heappop(self._replicas)
@@ -203,12 +222,12 @@ class _Run:
             # where all replicas are alike, whole rounds are one step
             rounds = 1 if self._replicas else max(1, left // count)
             served = min(left, rounds * count)
-            last = max(last, start + rounds * self._serve)
-            heapq.heappush(self._replicas, (start + rounds * self._serve, min(count, served)))
+            last = max(last, start + rounds * serve)
+            heapq.heappush(self._replicas, (start + rounds * serve, min(count, served)))
             if served < count:
                 heapq.heappush(self._replicas, (start, count - served))
             left -= served
-        return last + self.answer_hop
+        return last + asking.answer_hop
 
     def sent(self, at: float) -> float:
         """When samples that leave at this time are at the critic; a link carries one batch after the other."""
@@ -250,7 +269,7 @@ class _Run:
     def _learnt(self, now: float, *, pooled: bool) -> float:
         """When a critic update that begins now is over."""
         if pooled and self.critic_asks:
-            return self.scored(now) + self.learn
+            return self._answered(now, self._critics_ask) + self.learn
         return now + self.for_critic + self.learn
 
     def _apart_critic_first(self, windows: int) -> Sequence[float]:

@@ -110,7 +110,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
 
 def _timesteps(method: Method) -> tuple[float, ...]:
     """Where diffusers is to run the generator. Raises ConfigError for a method that no scheduler of its samples."""
-    first = float(method.pure_noise(torch.ones(())))
+    first = float(method.pure_noise(torch.ones(1, 1, 1, 1)))
     if method.sampler != "few_step" or first != 1.0:
         raise ConfigError(
             f"diffusers' schedulers begin with noise of standard deviation 1 and put fresh noise on x0 between steps; "

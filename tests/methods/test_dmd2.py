@@ -206,15 +206,19 @@ def test_discriminator_loss_has_fake_low_and_real_high_with_independent_times() 
     method = DMD2(DMD2Config(gan_weight_generator=1.0, gan_weight_critic=0.25), schedule, guidance_scale=1.0)
     net = Transparent(schedule, torch.zeros(1).double(), torch.ones(1).double())
     seen: list[Tensor] = []
-    net.features = lambda x_t, t, cond: (seen.append(t), x_t)[1]  # type: ignore[assignment, return-value]
+    net.features = lambda x_t, t, cond: (seen.extend((t, x_t)), x_t)[1]  # type: ignore[assignment, return-value]
     critic = Critic(net, QuadraticHead())
     x, real = torch.randn(2, 9, 1, 1, 1, dtype=torch.float64)
     cond = Cond({"label": torch.arange(9)})
     losses = method.critic_losses(critic, x, cond, RealBatch(real, cond), draws(9), {})
     fake_t, real_t = seen[0].chunk(2)
     assert not torch.equal(fake_t, real_t)
-    (d_fake_logit,) = torch.autograd.grad(losses.terms["gan_critic"], critic.head.v)  # type: ignore[union-attr]
-    assert float(d_fake_logit) != 0
+    (found,) = torch.autograd.grad(losses.terms["gan_critic"], critic.head.v)  # type: ignore[union-attr]
+    fake_x, real_x = seen[1].chunk(2)
+    fake, true = critic.head(fake_x), critic.head(real_x)  # type: ignore[misc]
+    # both halves teach the head: dl/dv is the feature itself
+    slope = torch.sigmoid(fake) * fake_x.flatten() - torch.sigmoid(-true) * real_x.flatten()
+    torch.testing.assert_close(found, 0.25 * slope.mean().detach(), rtol=1e-6, atol=0.0)
 
     def value(fake_logit: float, real_logit: float) -> tuple[float, float, float]:
         head = torch.nn.Module()
@@ -274,6 +278,7 @@ def test_backward_simulation_rolls_out_to_a_step_that_the_whole_batch_shares() -
         k = times.index(float(t_in[0]))
         seen.add(k)
         assert torch.equal(t_in, torch.full((3,), times[k]))
+        assert not x_in.requires_grad
         assert [t for t, _ in getattr(generator, "calls", [])] == list(times[:k])
         # ranks see slices of the batch: the same step index and the same noise for the same positions
         other = Counting(method.schedule, torch.tensor([0.1]), torch.tensor([2.0]))

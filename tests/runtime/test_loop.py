@@ -5,6 +5,7 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,16 +17,53 @@ from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten
 from raydistill.errors import CheckpointError, ConfigError, TrainingError
 from raydistill.methods.method import PhaseDraws
+from raydistill.methods.moment_matching import MomentMatchingConfig
+from raydistill.methods.sid import SiDConfig
 from raydistill.roles.world import World
 from raydistill.runtime.keeper import manifest_of, require_same_settings
 from raydistill.runtime.loop import resume
-from raydistill.runtime.settings import validate
+from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.trainer import Trainer
-from tests.tiny import tiny_config, tiny_trainer
+from raydistill.tracking.names import check_metric_names
+from tests.tiny import DIGITS, tiny_config, tiny_trainer
 
 # Adam's step depends on a gradient's sign where the gradient is tiny, hence on the order of a sum; with a large
 # epsilon it is continuous, and what is compared is the arithmetic
 SMOOTH = {"generator": {"eps": 0.01}, "critic": {"eps": 0.01}}
+CRITIC_FIRST: dict[str, dict[str, Any]] = {
+    "sid": {"method": SiDConfig(generator_loss_scale=1.0, critic_updates_per_generator=2)},
+    "lsg": {
+        "method": SiDConfig(
+            alpha=1.0,
+            generator_loss_scale=1.0,
+            guidance_scale_critic_training=2.0,
+            guidance_scale_critic=2.0,
+        )
+    },
+    "sid_edm": {"method": SiDConfig(generator_loss_scale=1.0), "teacher": DIGITS},
+    "moment_matching": {"method": MomentMatchingConfig(num_steps=4, critic_updates_per_generator=2)},
+    "moment_matching_edm": {"method": MomentMatchingConfig(num_steps=4), "teacher": DIGITS},
+    "instant": {
+        "method": MomentMatchingConfig(num_steps=4, variant="instant"),
+        "teacher": {"guidance_scale": 1.0},
+    },
+}
+SIDA = SiDConfig(
+    alpha=1.0,
+    generator_loss_scale=1.0,
+    gan_weight_critic=1.0,
+    gan_weight_generator=0.01,
+    generator_rest_updates=3,
+    gan_start_update=3,
+)
+# not among those above: its cross-entropy couples a micro-batch's samples
+RESUMED: dict[str, dict[str, Any]] = {
+    "dmd2": {},
+    "sid": CRITIC_FIRST["sid"],
+    "sida": {"method": SIDA, "teacher": DIGITS},
+    "moment_matching": CRITIC_FIRST["moment_matching"],
+    "instant": CRITIC_FIRST["instant"],
+}
 NOISY = {"time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak_gib"}
 
 
@@ -72,14 +110,66 @@ def test_accumulation_never_moves_the_ratio_and_equals_the_big_batch(micro: int,
         assert (small[name] - tensor).abs().max() < 1e-6, name
 
 
+@pytest.mark.parametrize("sections", CRITIC_FIRST.values(), ids=CRITIC_FIRST)
+def test_accumulation_equals_the_big_batch_where_the_critic_learns_first(sections: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    runs = []
+    for size in (8, 2):
+        trainer = tiny_trainer(tiny_config(train={"micro_batch_size": size}, **sections, **SMOOTH))
+        for _ in range(2):
+            values = trainer.window()
+        r = trainer.method.critic_updates_per_generator
+        assert (trainer.generator.optimizer.steps, trainer.critic.optimizer.steps) == (2, 2 * r)
+        assert values["images"] == 2 * (r + 1) * 8
+        runs.append((weights(trainer), figures(values)))
+    (big, big_values), (small, small_values) = runs
+    for name, value in big_values.items():
+        assert small_values[name] == pytest.approx(value, rel=1e-3), name
+    start = weights(tiny_trainer(tiny_config(**sections)))
+    for name, tensor in big.items():
+        assert (small[name] - tensor).abs().max() < 1e-6, name
+    assert max(float((tensor - start[name]).abs().max()) for name, tensor in big.items()) > 1e-5
+
+
+def test_generator_that_rests_stands_still_while_the_critic_learns_and_begins_to_warm_up_after_it() -> None:
+    sections = {"teacher": DIGITS, "generator": {"ema_ramp": 0.05, "warmup_steps": 4}}
+    trainer = tiny_trainer(tiny_config(method=SIDA, train={"generator_updates": 6}, **sections))
+    assert trainer.generator.ema is not None
+    average = {name: tensor.clone() for name, tensor in trainer.generator.ema.weights().items()}
+    previous = weights(trainer)
+    for update in range(5):
+        values = trainer.window()
+        check_metric_names(values)
+        now = weights(trainer)
+        moved = {
+            name.split("/")[0] for name, tensor in now.items() if not torch.equal(tensor, previous[name])
+        }
+        assert moved == ({"critic"} if update < 3 else {"generator", "critic"})
+        assert ("loss/gan_generator" in values) == (update >= 3)
+        assert "loss/gan_critic" in values
+        assert values["loss/sid"] != 0  # the loss is told of, though nothing learns from it
+        assert (values["generator_updates"], values["critic_updates"]) == (update + 1, update + 1)
+        assert trainer.generator.optimizer.steps == max(0, update - 2)
+        assert all(p.grad is None for p in trainer.generator.denoiser.parameters())
+        if update < 3:
+            assert "lr/generator" not in values
+            assert trainer.generator.ema.images_seen == 0
+            for name, tensor in trainer.generator.ema.weights().items():
+                assert torch.equal(tensor, average[name])
+        else:
+            assert values["lr/generator"] == pytest.approx(1e-3 * (update - 2) / 4)
+        previous = now
+    assert trainer.generator.ema.images_seen == 16
+
+
 def test_first_critic_update_of_a_window_sees_the_generators_images_from_before_its_step() -> None:
     trainer = tiny_trainer(tiny_config(method={"critic_updates_per_generator": 1}))
     seen = []
     original = trainer.method.critic_losses
 
-    def spy(critic, x, cond, real, draws):  # type: ignore[no-untyped-def]
+    def spy(critic, x, cond, real, draws, answers):  # type: ignore[no-untyped-def]
         seen.append(x.clone())
-        return original(critic, x, cond, real, draws)
+        return original(critic, x, cond, real, draws, answers)
 
     trainer.method.critic_losses = spy  # type: ignore[method-assign]
     untouched = tiny_trainer(tiny_config())
@@ -108,6 +198,17 @@ def test_generator_phase_leaves_no_gradient_on_critic_or_teacher() -> None:
     trainer.generator_update(0, gan_stage=True)
     assert all(p.grad is None for p in trainer.critic.critic.parameters())
     assert all(p.requires_grad for p in trainer.critic.critic.parameters())
+    assert all(p.grad is None for p in trainer.pipeline.denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    "sections", [{}, {"method": SiDConfig(critic_updates_per_generator=2)}], ids=["dmd2", "sid"]
+)
+def test_critic_phase_leaves_no_gradient_on_generator_or_teacher(sections: dict[str, Any]) -> None:
+    trainer = tiny_trainer(tiny_config(**sections))
+    trainer.generator_update(0, gan_stage=trainer.gan_stage(0))
+    trainer._critic_updates(0, gan_stage=trainer.gan_stage(0))
+    assert all(p.grad is None for p in trainer.generator.denoiser.parameters())
     assert all(p.grad is None for p in trainer.pipeline.denoiser.parameters())
 
 
@@ -143,31 +244,63 @@ def test_four_step_rollout_runs_and_needs_no_real_data_without_a_gan() -> None:
     assert all(v["loss/dm"] > 0 for v in values)
 
 
-def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+class Named:
+    run_id = "run"
+    world = World()
+
+
+def stopped_at(step: int, config: RunConfig, folder: Path) -> Snapshots:
+    """The snapshots of a run that ended early."""
+    trainer = tiny_trainer(config)
+    for _ in range(step):
+        trainer.window()
+    snapshots = Snapshots(str(folder), keep=1)
+    for role, owner in trainer.parts.items():
+        snapshots.write_part(step, role, *owner.save())
+    snapshots.commit(step, manifest_of(trainer, Named()))  # type: ignore[arg-type]
+    return snapshots
+
+
+@pytest.mark.parametrize("sections", RESUMED.values(), ids=RESUMED)
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
-    config = tiny_config()
+    # a ramp that still bounds the half-life after the resume
+    config = tiny_config(**sections, generator={"ema_ramp": 1.0})
     whole = tiny_trainer(config)
     expected = [figures(whole.window()) for _ in range(4)]
-
-    class Named:
-        run_id = "run"
-        world = World()
-
-    first = tiny_trainer(config)
-    for _ in range(2):
-        first.window()
-    snapshots = Snapshots(str(tmp_path), keep=1)
-    for role, owner in (("generator", first.generator), ("critic", first.critic)):
-        snapshots.write_part(2, role, *owner.save())
-    snapshots.commit(2, manifest_of(first, Named()))  # type: ignore[arg-type]
+    assert whole.generator.ema is not None
     second = tiny_trainer(config)
-    resume(second, snapshots)
+    resume(second, stopped_at(2, config, tmp_path))
+    assert second.generator.ema is not None
     assert [figures(second.window()) for _ in range(2)] == expected[2:]
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(second)[name]), name
-    for name, tensor in whole.generator.ema.weights().items():  # type: ignore[union-attr]
-        assert torch.equal(tensor, second.generator.ema.weights()[name])  # type: ignore[union-attr]
+    assert second.generator.ema.images_seen == whole.generator.ema.images_seen > 0
+    for name, tensor in whole.generator.ema.weights().items():
+        assert torch.equal(tensor, second.generator.ema.weights()[name])
 
+
+def test_an_average_with_a_ramp_follows_a_young_run_and_is_bounded_by_the_half_life() -> None:
+    trainer = tiny_trainer(tiny_config(generator={"ema_ramp": 1.0}))
+    assert trainer.generator.ema is not None
+    expected = None
+    # images so far are 0, 8, 16 and 24, the half-life at most 20
+    for halflife in (0, 8, 16, 20):
+        trainer.window()
+        now = trainer.generator.denoiser.state_dict()
+        if expected is None:
+            expected = now
+        decay = 0.5 ** (8 / halflife) if halflife else 0.0
+        expected = {name: decay * tensor + (1 - decay) * now[name] for name, tensor in expected.items()}
+        for name, tensor in trainer.generator.ema.weights().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_snapshot_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    config = tiny_config()
+    snapshots = stopped_at(2, config, tmp_path)
     with pytest.raises(ConfigError, match=r"generator.lr: 0.001 then, 0.002 now"):
         resume(tiny_trainer(tiny_config(generator={"lr": 2e-3})), snapshots)
     resume(tiny_trainer(tiny_config(train={"generator_updates": 9})), snapshots)
@@ -289,12 +422,44 @@ def test_stage_two_begins_on_time_with_its_own_rate_and_only_then_are_real_sampl
     assert [v["lr/critic"] for v in values] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("variant", ["alternating", "instant"])
+def test_moment_matchings_updates_each_have_a_real_batch_of_their_own(
+    variant: Literal["alternating", "instant"],
+) -> None:
+    r = 1 if variant == "instant" else 2
+    method = MomentMatchingConfig(num_steps=4, variant=variant, critic_updates_per_generator=r)
+    trainer = tiny_trainer(tiny_config(method=method, teacher={"guidance_scale": 1.0}))
+    asked = []
+    source = trainer.batches.readers["real"]
+    original = source.batch
+    source.batch = lambda number: (asked.append(number), original(number))[1]  # type: ignore[method-assign, func-returns-value]
+    for _ in range(2):
+        trainer.window()
+    # the same one for both would bias the instant variant's gradient, and the paper's algorithms have two
+    assert asked == list(range(2 * (r + 1)))
+
+
 def test_gradients_beyond_clip_norm_are_scaled_down_and_counted() -> None:
     trainer = tiny_trainer(tiny_config(generator={"clip_norm": 1e-6}))
     values = [trainer.window() for _ in range(2)]
     assert [v["clipped_steps/generator"] for v in values] == [1, 2]
     assert values[-1]["clipped_steps/critic"] == 0
     assert values[-1]["grad_norm/generator"] > 1e-6  # as it was before
+
+
+def test_without_a_clip_norm_no_gradient_is_scaled() -> None:
+    torch.set_num_threads(1)
+    runs = []
+    for clip_norm in (None, 1e9):
+        trainer = tiny_trainer(
+            tiny_config(generator={"clip_norm": clip_norm}, critic={"clip_norm": clip_norm})
+        )
+        values = [figures(trainer.window()) for _ in range(2)]
+        runs.append((values, weights(trainer)))
+    (never, ours), (far, theirs) = runs
+    assert never == far
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [v["clipped_steps/generator"] + v["clipped_steps/critic"] for v in never] == [0, 0]
 
 
 def test_an_update_reads_the_device_once_for_each_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:

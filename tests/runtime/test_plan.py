@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.errors import ConfigError, PlacementError
+from raydistill.methods.method import Query
+from raydistill.methods.moment_matching import MomentMatchingConfig
+from raydistill.methods.sid import SiDConfig
 from raydistill.models.diffusers_hub import random_pixel_pipeline
 from raydistill.runtime.plan import GIB, plan, plan_for
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.room import check_room, choose_workers, worker_cpus
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.simulate import RoleSeconds
-from tests.tiny import tiny_config, tiny_trainer
+from tests.tiny import DIGITS, tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "jobs" / "bench_step.py"
@@ -37,6 +41,8 @@ def bench() -> ModuleType:
 
 
 def planned(config: RunConfig) -> Any:
+    if config.teacher.path == "builtin:digits":
+        return plan(config)
     _, meta, shapes = random_pixel_pipeline(8, (8, 16), 1)
     return plan_for(config, meta, shapes)
 
@@ -48,6 +54,19 @@ CASES: dict[str, dict[str, Any]] = {
     "GAN on the teacher": {"method": {"gan_features": "teacher"}},
     "ratio 5": {"method": {"critic_updates_per_generator": 5}},
     "accumulation": {"train": {"micro_batch_size": 2}},
+    "SiD": {"method": SiDConfig(), "teacher": DIGITS},
+    "SiD, ratio 3": {"method": SiDConfig(critic_updates_per_generator=3), "teacher": DIGITS},
+    "SiD-LSG": {"method": SiDConfig(guidance_scale_critic_training=1.5, guidance_scale_critic=1.5)},
+    "SiD, guided teacher only": {"method": SiDConfig()},
+    "SiDA": {"method": SiDConfig(gan_weight_generator=0.01, gan_weight_critic=1.0), "teacher": DIGITS},
+    "moment matching": {"method": MomentMatchingConfig(num_steps=4), "teacher": DIGITS},
+    "moment matching, guided, ratio 2": {
+        "method": MomentMatchingConfig(num_steps=4, critic_updates_per_generator=2)
+    },
+    "moment matching, plain critic": {
+        "method": MomentMatchingConfig(num_steps=4, teacher_regularised=False),
+        "teacher": DIGITS,
+    },
 }
 
 
@@ -60,12 +79,41 @@ def test_forward_passes_of_an_update_are_those_of_the_plan(bench: ModuleType, ca
         "critic": trainer.critic.critic.denoiser,
         "teacher": trainer.pipeline.denoiser,
     }
-    counts = {role: bench.Count(net.unet) for role, net in networks.items()}
+    counts = {role: bench.Count(net.network) for role, net in networks.items()}
     trainer.window()
     expected = planned(config)
     for role, count in counts.items():
         counted = count.equivalents(expected.encoder_share) / config.train.batch_size
         assert counted == pytest.approx(expected.forwards[role], rel=1e-6), role
+
+
+@pytest.mark.parametrize("teacher", [DIGITS, {"guidance_scale": 1.0}], ids=["edm", "unet"])
+def test_an_instant_critics_tangent_costs_what_the_plan_says_though_hooks_see_one_pass(
+    bench: ModuleType, teacher: dict[str, Any]
+) -> None:
+    config = tiny_config(method=MomentMatchingConfig(num_steps=4, variant="instant"), teacher=teacher)
+    trainer = tiny_trainer(config)
+    networks = {"generator": trainer.generator.denoiser, "critic": trainer.critic.critic.denoiser}
+    counts = {role: bench.Count(net.network) for role, net in networks.items()}
+    flops = []
+    answer = trainer.critic.answer
+
+    def counted(query: Query) -> torch.Tensor:
+        with FlopCounterMode(display=False) as counter:
+            tangent = answer(query)
+        flops.append(counter.get_total_flops())
+        return tangent
+
+    trainer.critic.answer = counted  # type: ignore[method-assign]
+    trainer.window()
+    expected = planned(config)
+    assert expected.forwards["teacher"] == 0
+    found = {role: c.equivalents(expected.encoder_share) / 8 for role, c in counts.items()}
+    assert found["generator"] == expected.forwards["generator"]
+    assert found["critic"] == expected.forwards["critic"] - expected.work.critic_answer + 1
+    # each layer's output, its change with the weights and with the input, of which the first layer has none
+    passes = flops[0] / 8 / (expected.gflop_per_forward * 1e9)
+    assert passes == pytest.approx(expected.work.critic_answer, rel=0.03)
 
 
 def test_bytes_of_weights_gradients_optimiser_and_ema_are_those_of_the_real_tensors() -> None:

@@ -98,6 +98,66 @@ def test_replicas_serve_every_rank_in_rounds(generators: int, teachers: int, rou
     assert found.window_s == pytest.approx((0.2 + 0.1 + rounds * 100.0) / generators)
 
 
+ASKS = replace(SECONDS, teacher_for_critic=0.25)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_where_the_critic_learns_first_one_device_does_the_sum_of_its_work(r: int) -> None:
+    # one batch of samples more than where it learns from the generator's own
+    work = 0.2 + 0.1 + 0.4 + (r + 1) * 0.1 + r * (0.3 + 0.25)
+    assert ASKS.window(r, critic_first=True) == pytest.approx(work)
+    alone = simulate(ASKS, r, Layout("colocated"), critic_first=True)
+    assert alone.window_s == pytest.approx(work)
+    assert alone.idle["worker"] == pytest.approx(0.0)
+    two = simulate(ASKS, r, Layout("colocated", generators=2), critic_first=True)
+    assert two.window_s == pytest.approx(work / 2)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_teachers_hide_behind_a_critic_that_learns_first(r: int) -> None:
+    layout = Layout("teachers", teachers=1)
+    hidden = simulate(SECONDS, r, layout, critic_first=True)
+    # the generator's own samples are made and sent before the critic's
+    assert hidden.window_s == pytest.approx(0.1 + max(r * (0.1 + 0.3) + 0.1, 0.4) + 0.2)
+    assert hidden.idle["teacher"] == pytest.approx(1 - 0.4 / hidden.window_s)
+    slow = replace(SECONDS, teacher_answer=10.0)
+    assert simulate(slow, r, layout, critic_first=True).window_s == pytest.approx(0.1 + 10.0 + 0.2)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_a_critic_that_asks_the_teacher_waits_for_its_answer(r: int) -> None:
+    # the first critic update's query waits for the replica that has the generator's; the others find it free
+    chain = 0.1 + 0.4 + (0.25 + 0.3) + (r - 1) * (0.1 + 0.25 + 0.3) + 0.1 + 0.2
+    one = simulate(ASKS, r, Layout("teachers", teachers=1), critic_first=True)
+    assert one.window_s == pytest.approx(chain)
+    assert one.idle["teacher"] == pytest.approx(1 - (0.4 + r * 0.25) / chain)
+    two = simulate(ASKS, r, Layout("teachers", teachers=2), critic_first=True)
+    assert two.window_s == pytest.approx(0.1 + r * (0.1 + 0.25 + 0.3) + 0.1 + 0.2)
+    # on ranks of their own the critics' samples come in the meantime
+    apart = simulate(ASKS, r, Layout("disaggregated", 1, 1, 1), critic_first=True)
+    assert apart.window_s == pytest.approx(0.1 + 0.4 + r * (0.25 + 0.3) + 0.1 + 0.2)
+    # two critic ranks ask for half a batch each, one after the other of the one replica
+    both = simulate(ASKS, r, Layout("disaggregated", 1, 2, 1), critic_first=True)
+    assert both.window_s == pytest.approx(0.1 + 0.4 + r * (0.25 + 0.15) + 0.05 + 0.2)
+    # every critic update waits for a query's way there and its answer's way back
+    far = Network(0.01)
+    late = simulate(ASKS, r, Layout("disaggregated", 1, 1, 1), teacher_network=far, critic_first=True)
+    assert late.window_s == pytest.approx(apart.window_s + 2 * r * 0.01)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_roles_apart_work_one_after_the_other_where_the_critic_learns_first(r: int) -> None:
+    found = simulate(SECONDS, r, ONE_OF_EACH, critic_first=True)
+    # two batches of samples until the critic has its first, then its updates, its answers, the generator's update
+    chain = 2 * 0.1 + r * 0.3 + 0.1 + 0.2
+    assert found.window_s == pytest.approx(chain)
+    assert found.idle["generator"] == pytest.approx(1 - (0.2 + (r + 1) * 0.1) / chain)
+    assert found.idle["critic"] == pytest.approx(1 - (0.1 + r * 0.3) / chain)
+    # samples there and answers back
+    far = simulate(SECONDS, r, ONE_OF_EACH, Network(0.01), critic_first=True, teacher_network=Network())
+    assert far.window_s == pytest.approx(chain + 2 * 0.01)
+
+
 @pytest.mark.parametrize("mode", ["colocated", "teachers", "disaggregated"])
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_better_network_and_more_teachers_never_cost_time(mode: Any, staleness: int) -> None:
