@@ -58,10 +58,10 @@ class MomentMatchingConfig(MethodConfig):
     """With an auxiliary denoiser (algorithm 2), or in the space of the teacher's parameters without one (algorithm 3,
     known from one re-implementation)."""
     weighting: Literal["edm", "sqrt_edm", "snr", "truncated_snr", "uniform"] = "edm"
-    """w(s) by the SNR of z_s: SNR + sigma_data^-2, its square root, SNR, max(SNR, 1), or 1. The paper's is unverified (of
-    the family of its teacher's training weight, recalled); this menu and its default are a re-implementation's, but for
-    the square root, which is ours: on the digits one step came to a toyfid of 0.76 with it after 600 updates, with edm
-    to 5.6 after 500 (details alone are seen) and with 1 to 1.5 (details are not seen)."""
+    """w(s) by the SNR of z_s: SNR + sigma_data^-2, its square root, SNR, max(SNR, 1), or 1. The paper's is unverified
+    (of the family of its teacher's training weight, recalled); this menu and its default are a re-implementation's, but
+    for the square root, which is ours: on the digits one step came to a toyfid of 0.76 with it after 600 updates, with
+    edm to 5.6 after 500 (details alone are seen) and with 1 to 1.5 (details are not seen)."""
     sigma_data: float = 0.5
     """Data standard deviation in the weight "edm": 0.5 for pixels in [-1, 1] (arXiv:2206.00364); 1, for latents of unit
     variance, makes it the weight of the v error."""

@@ -34,12 +34,9 @@ _ADAM = GeneratorConfig(lr=2e-4, lr_schedule="linear", **_SID, **_EMA)
 _CRITIC = CriticConfig(lr=4e-4, lr_schedule="linear", **_SID)
 _ADAM_W = GeneratorConfig(lr=2e-4, warmup_steps=10, lr_schedule="linear", **_EMA)
 _CRITIC_W = CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear")
-_MOMENT = GeneratorConfig(
-    lr=4e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear", **_EMA
-)
-_MOMENT_CRITIC = CriticConfig(
-    lr=8e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup_steps=10, lr_schedule="linear"
-)
+_MOMENTS: dict[str, Any] = {"betas": (0.0, 0.99), "weight_decay": 0.0, "clip_norm": None, "warmup_steps": 10}
+_MOMENT = GeneratorConfig(lr=4e-4, lr_schedule="linear", **_MOMENTS, **_EMA)
+_MOMENT_CRITIC = CriticConfig(lr=8e-4, lr_schedule="linear", **_MOMENTS)
 
 
 def digits_run(
