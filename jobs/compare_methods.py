@@ -32,9 +32,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the runs")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="some of the runs")
     parser.add_argument(
-        "--images", type=int, default=digits.IMAGES, help="generated for training in each run (%(default)s)"
+        "--images",
+        type=int,
+        help=f"generated for training in each run ({digits.IMAGES}; long: {digits.LONG})",
     )
     parser.add_argument("--preset", choices=["long"], help="the long recipe of the best method alone")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one core each (%(default)s)")
@@ -43,12 +45,15 @@ def main() -> int:
     parser.add_argument("--tracking-uri", help="MLflow (default: mlflow.db in the folder of the runs)")
     parser.add_argument("--out", type=Path, help="write the table as JSON, beside it the plot as PNG")
     arguments = parser.parse_args()
-    if arguments.images < 1 or arguments.at_once < 1:
+    if arguments.at_once < 1 or (arguments.images is not None and arguments.images < 1):
         parser.error("--images and --at-once must be at least 1")
     if arguments.preset == "long":
-        name, configs = "digits_long", [digits.long()]
+        if arguments.only:
+            parser.error("--preset long is one run: leave --only out")
+        name, configs = "digits_long", [digits.long(arguments.images or digits.LONG)]
     else:
-        name, configs = "digits_methods", [RUNS[each](arguments.images) for each in arguments.only]
+        images = arguments.images or digits.IMAGES
+        name, configs = "digits_methods", [RUNS[each](images) for each in arguments.only or RUNS]
     configs = [
         replace(
             config,

@@ -23,7 +23,7 @@ from raydistill.runtime import digits
 from raydistill.runtime.compare import Summary, compare
 from raydistill.runtime.settings import ASSETS, RunConfig
 
-FOUR = (80.0, 9.72, 1.92, 0.17)
+FOUR = (80.0, 17.5, 2.52, 0.17)
 """Karras levels of four steps, u = 1, 3/4, 1/2 and 1/4 of sigma in [0.002, 80] (arXiv:2206.00364, eq. 5)."""
 NO_GAN = {"gan_weight_generator": 0.0, "gan_weight_critic": 0.0}
 RUNS: dict[str, dict[str, Callable[[int], RunConfig]]] = {

@@ -92,8 +92,6 @@ DETECTORS: dict[str, type[SceneDetector] | type[DigitDetector]] = {
     "scenes": SceneDetector,
     "digits": DigitDetector,
 }
-ACCURACY = {name: detector.accuracy_metric for name, detector in DETECTORS.items()}
-"""Name of each detector's accuracy metric, without N."""
 
 
 def detector_for(name: str) -> Detector:

@@ -222,6 +222,7 @@ class DMD2(Method):
             teacher_for_critic=0.0 if own_features else features,
             # the DSM's and the GAN's graphs are alive together; the GAN's batch holds fake and real samples
             critic_graphs=1 + (2 * encoder_share if own_features else 0.0),
+            teacher_graphs=encoder_share if self._gan and not own_features else 0.0,
         )
 
     def _dsm_weight(self, t: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ class MethodConfig:
     critic_updates_per_generator: int = 1
     """R, critic optimiser steps for each generator optimiser step."""
 
+    @property
+    def label(self) -> str:
+        """Name of the method as configured, for tables."""
+        return self.kind
+
     def __post_init__(self) -> None:
         if self.critic_updates_per_generator < 1:
             raise ConfigError(
@@ -86,7 +91,9 @@ class Work:
     teacher_for_critic: float = 0.0
     """The teacher's answers to one critic update, or the passes through it that a critic update makes."""
     critic_graphs: float = 1.0
-    """Activations that are alive together in a critic update, in those of one pass."""
+    """Activations of the critic that are alive together, in those of one pass."""
+    teacher_graphs: float = 0.0
+    """Likewise of a teacher that is differentiated through."""
 
 
 @dataclass(frozen=True, kw_only=True)

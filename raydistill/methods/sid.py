@@ -18,7 +18,8 @@ x_t it would be DMD's.
 
 The critic learns first, on samples of its own, then the generator, one update each. Both papers' Adam has no first
 moment (betas 0 and 0.999) and no weight decay, and the generator's EMA is what is evaluated. Their augmentation of the
-critic's samples is left out; a sample with NaN stops the run here, where their code drops it.
+critic's samples is left out, and so is SiDA's clipping of the critic's gradients, value by value, at 1; a sample with
+NaN stops the run here, where their code drops it.
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ class SiDConfig(MethodConfig):
     discriminator learns from the first update on."""
     generator_rest_updates: int = 0
     """Updates at the start in which the critic learns and the generator rests (SiDA: 100k images)."""
+
+    @property
+    def label(self) -> str:
+        if self.gan_weight_generator > 0:
+            return "sida"
+        return "sid" if self.guidance_scale_critic == 1 else "sid_lsg"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,7 +256,8 @@ class SiD(Method):
             critic_answer=(in_answers + logits) * backward,
             critic_update=(in_training + 2 * logits) * (1 + backward),
             teacher_answer=2 * (2 if guided else 1),
-            critic_graphs=in_training + 2 * logits,
+            critic_graphs=max(in_training + 2 * logits, in_answers + logits),
+            teacher_graphs=2 if guided else 1,
         )
 
     def _dsm_weight(self, t: Tensor) -> Tensor:

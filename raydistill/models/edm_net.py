@@ -59,12 +59,17 @@ class EDMNetConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ConfigError(f"family={self.family!r} is not one of {', '.join(FAMILIES)}")
-        for name, least in (("image_size", 1), ("channels", 1), ("base_channels", 4), ("blocks_per_level", 1),
-                            ("label_dim", 0), ("augment_dim", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ConfigError(f"channel_mult={self.channel_mult} must be a list of numbers of at least 1")
+        # the upper bounds are far from any network's, and keep a damaged file from filling the memory
+        for name, least, most in (
+            ("image_size", 1, 4096), ("channels", 1, 1024), ("base_channels", 4, 4096), ("blocks_per_level", 1, 64),
+            ("label_dim", 0, 10**6), ("augment_dim", 0, 1024),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name}={getattr(self, name)} must be from {least} to {most}")
+        if not 1 <= len(self.channel_mult) <= 12 or not all(1 <= mult <= 64 for mult in self.channel_mult):
+            raise ConfigError(
+                f"channel_mult={self.channel_mult} must be a list of 1 to 12 numbers from 1 to 64"
+            )
         halvings = 2 ** (len(self.channel_mult) - 1)
         if self.image_size % halvings:
             raise ConfigError(

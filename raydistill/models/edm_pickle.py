@@ -8,8 +8,10 @@ The network's shape follows from the arguments that the file recorded, the weigh
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,8 @@ class _Tensor(_StandIn):
         if not storage.typed.dtype.is_floating_point:
             raise _UnsupportedError(f"a weight holds {storage.typed.dtype}, not real numbers")
         flat = torch.empty(0, dtype=storage.typed.dtype).set_(storage.typed)
+        if math.prod(size) > flat.numel():
+            raise _UnsupportedError(f"a weight of {math.prod(size)} numbers has {flat.numel()} in the file")
         # as_strided refuses what reaches beyond the storage
         return torch.as_strided(flat, size, stride, offset).to(torch.float32, copy=True).contiguous()
 
@@ -235,7 +239,9 @@ def _config(outer: Mapping[str, Any], class_name: str, settings: Mapping[str, An
     for name, only in _FIXED[class_name].items():
         value = settings.pop(name, only)
         if (list(value) if isinstance(value, (list, tuple)) else value) != only:
-            raise _UnsupportedError(f"its {class_name} has {name}={value!r}; only {only!r} can be loaded")
+            raise _UnsupportedError(
+                f"its {class_name} has {name}={reprlib.repr(value)}; only {only!r} can be loaded"
+            )
     label_dim = settings.pop("label_dim", 0)
     values = {name: settings.pop(name, default) for name, default in _DEFAULTS[class_name].items()}
     unknown = sorted(settings.keys() - set(_IGNORED))
@@ -262,8 +268,17 @@ def _config(outer: Mapping[str, Any], class_name: str, settings: Mapping[str, An
     )
 
 
-def _parameters(module: _Persistent | _ModuleDict, prefix: str) -> dict[str, _Tensor]:
-    """Dotted name to parameter, through all submodules; buffers (box filters) are not kept."""
+def _parameters(
+    module: _Persistent | _ModuleDict, prefix: str, seen: set[int] | None = None
+) -> dict[str, _Tensor]:
+    """Dotted name to parameter, through all submodules; buffers (box filters) are not kept.
+
+    No network holds a module twice; a file that does could make the walk endless.
+    """
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        raise _UnsupportedError(f"its module {prefix or 'model'} stands in two places")
+    seen.add(id(module))
     found = {
         f"{prefix}{name}": parameter.data
         for name, parameter in module.state["_parameters"].items()
@@ -271,13 +286,15 @@ def _parameters(module: _Persistent | _ModuleDict, prefix: str) -> dict[str, _Te
     }
     for name, child in module.state["_modules"].items():
         if child is not None:
-            found |= _parameters(child, f"{prefix}{name}.")
+            found |= _parameters(child, f"{prefix}{name}.", seen)
     return found
 
 
 def _whole(value: Any) -> int:
     if type(value) is not int:
-        raise _UnsupportedError(f"{value!r} stands where a whole number belongs among its settings")
+        raise _UnsupportedError(
+            f"{reprlib.repr(value)} stands where a whole number belongs among its settings"
+        )
     return value
 
 

@@ -6,6 +6,7 @@ A folder holds `edm.json`, the fields of `EDMNetConfig` and perhaps an entry "ex
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,10 @@ class EDMPipeline(Pipeline):
         self.latent_shape = denoiser.sample_shape
         self.cond_shapes: dict[str, tuple[int, ...]] = {"label": ()}
         """Of one sample's conditions."""
-        self.fingerprint = weights_fingerprint([denoiser.network])
+        # noise levels and scale of the data are no weights, and change every answer
+        settings = json.dumps(to_dict(denoiser.config), sort_keys=True)
+        whole = f"{weights_fingerprint([denoiser.network])} {settings}"
+        self.fingerprint = hashlib.sha256(whole.encode()).hexdigest()
 
     @property
     def image_size(self) -> int:

@@ -100,20 +100,16 @@ class GeneratorTrainer:
         scalars = mean_scalars(self._scalars)
         self._scalars = []
         values = self.optimizer.step(scalars, gan_stage=gan_stage)
-        # means merge over micro-batches and ranks, standard deviations don't
-        if "sample/mean_square" in values:
-            variance = values.pop("sample/mean_square") - values["sample/mean"] ** 2
-            values["sample/std"] = math.sqrt(max(variance, 0.0))
         if self.ema is not None:
             self.ema.update(images)
-        return values
+        return _with_std(values)
 
     def rest(self) -> dict[str, float]:
-        """Forget what was accumulated, without a step; its scalars of this process."""
+        """Forget what was accumulated, without a step; the scalars of one. Raises TrainingError as `step` does."""
         scalars, self._scalars = mean_scalars(self._scalars), []
+        _, _, values = self.optimizer.averaged(scalars)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
-        scalars.pop("sample/mean_square", None)
-        return {name: float(value) for name, value in scalars.items()}
+        return _with_std(values)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
@@ -130,6 +126,14 @@ class GeneratorTrainer:
         self.optimizer.load(tensors, state)
         if self.ema is not None:
             self.ema.load(unprefixed(tensors, _PREFIX["ema"]), state["ema_images_seen"])
+
+
+def _with_std(values: dict[str, float]) -> dict[str, float]:
+    """Means merge over micro-batches and ranks, standard deviations don't: made of the merged means."""
+    if "sample/mean_square" in values:
+        variance = values.pop("sample/mean_square") - values["sample/mean"] ** 2
+        values["sample/std"] = math.sqrt(max(variance, 0.0))
+    return values
 
 
 def generator_weights(snapshot: Snapshot, weights: Weights) -> dict[str, Tensor]:

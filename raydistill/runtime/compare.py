@@ -71,6 +71,10 @@ def compare(
                 pool.shutdown(cancel_futures=True)
                 raise
         require_same([_protocol(config) for config in children], SAMPLER_FIELDS)
+        for summary in done.values():
+            if summary["toyfid_start"] is None or summary["toyfid_end"] is None:
+                failed = "; ".join(f"update {s}: {e}" for s, e in summary["evaluations_failed"].items())
+                raise ConfigError(f"{summary['name']} has no figure to compare: {failed}")
     except BaseException:
         parent.finish("FAILED")
         raise

@@ -153,12 +153,11 @@ def _placed(
 def sizes(config: RunConfig, plan: Plan) -> Sizes:
     """What travels in a window."""
     to_teacher = 0.5 if config.placement.wire_dtype == "bf16" else 1.0
-    gan_on_critic = plan.work.critic_answer > 1
     return Sizes(
         batch=plan.sample_bytes,
         query=to_teacher * plan.query_bytes,
         answer=to_teacher * plan.sample_bytes,
-        answer_gradient=plan.sample_bytes if gan_on_critic else 0.0,
+        answer_gradient=plan.sample_bytes if plan.through_critic else 0.0,
         generator_gradient=plan.bytes_by_role["generator"].gradients,
         critic_gradient=plan.bytes_by_role["critic"].gradients,
     )

@@ -67,6 +67,8 @@ class Plan:
     """What the method's phases cost."""
     critic_first: bool
     """Whether a window's critic updates come before the generator's."""
+    through_critic: bool
+    """Whether the generator's gradient comes through the critic's answers."""
     seconds: RoleSeconds
     """The phases of a window, in forward equivalents."""
     sample_bytes: int
@@ -176,7 +178,10 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     parameters = sum(p.numel() for p in denoiser.parameters())
     ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
     roles = {
-        "teacher": RoleBytes(weights=parameters * (2 if config.teacher.dtype == "bf16" else 4)),
+        "teacher": RoleBytes(
+            weights=parameters * (2 if config.teacher.dtype == "bf16" else 4),
+            activations=int(activations * work.teacher_graphs),
+        ),
         "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
         "critic": RoleBytes(
             4 * (parameters + head),
@@ -195,6 +200,7 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         forwards=forwards,
         work=work,
         critic_first=method.critic_first,
+        through_critic=method.needs.critic == "vjp",
         seconds=seconds,
         sample_bytes=sample_bytes,
         query_bytes=sample_bytes + cond_bytes,

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from raydistill.errors import ConfigError
+from raydistill.methods.method import Work
 from raydistill.runtime.plan import Plan
 from raydistill.runtime.settings import RunConfig
 from raydistill.runtime.simulate import RoleSeconds
 from raydistill.runtime.trainer import Trainer
 
 _NETWORK = "GFLOP of a sample's forward pass"
+_BOTH = "through teacher and critic"
 
 
 class Phases:
@@ -92,8 +94,13 @@ def window_phases(trainer: Trainer, phases: Phases) -> RoleSeconds:
     phases.leave()
     took = {name.name: phases.seconds.get(name.name, 0.0) for name in fields(RoleSeconds)}
     r, first = trainer.method.critic_updates_per_generator, trainer.method.critic_first
-    teacher = took["teacher_answer"]
-    for_critic = teacher * _critics_share(trainer) if first else 0.0
+    work = _work(trainer)
+    # gradients through both networks come in one backward pass
+    both, teachers = phases.seconds.get(_BOTH, 0.0), work.teacher_answer + work.critic_answer
+    took["critic_answer"] += both * work.critic_answer / teachers
+    teacher = took["teacher_answer"] + both * work.teacher_answer / teachers
+    asked = r * work.teacher_for_critic if first else 0.0
+    for_critic = teacher * asked / (asked + work.teacher_answer) if asked else 0.0
     return RoleSeconds(
         generator_update=took["generator_update"] + took["generator_step"],
         sample=took["sample"] / (r + first),
@@ -106,13 +113,11 @@ def window_phases(trainer: Trainer, phases: Phases) -> RoleSeconds:
     )
 
 
-def _critics_share(trainer: Trainer) -> float:
-    """Of the teacher's work, what the critic's updates ask of it."""
+def _work(trainer: Trainer) -> Work:
+    """By which the seconds of phases that can't be told apart are shared out."""
     backward = 3.0 if trainer.config.train.activation_checkpointing else 2.0
     guided = trainer.config.teacher.guidance_scale != 1
-    work = trainer.method.work(encoder_share=0.5, backward=backward, guided=guided)
-    asked = trainer.method.critic_updates_per_generator * work.teacher_for_critic
-    return asked / (asked + work.teacher_answer) if asked else 0.0
+    return trainer.method.work(encoder_share=0.5, backward=backward, guided=guided)
 
 
 def medians(rows: Sequence[RoleSeconds]) -> RoleSeconds:
@@ -132,6 +137,9 @@ def timed_phases(trainer: Trainer) -> Iterator[Phases]:
     gan = trainer.method.needs.gan_head
     own_features = trainer.method.needs.head_features == "critic"
     answerer = "critic_answer" if own_features else "teacher_answer"
+    through = trainer.method.needs.teacher == "vjp" and not gan
+    if through:
+        answerer = _BOTH
     backward = trainer.generator.backward
 
     def through_answers(x: Any, leaf: Any, losses: Any, micro_batches: int, others_done: Any = None) -> None:
@@ -157,7 +165,7 @@ def timed_phases(trainer: Trainer) -> Iterator[Phases]:
             (trainer.teacher, "answer", "teacher_answer"),
         )
     ]
-    if gan:
+    if gan or through:
         wrapped.append((trainer.generator, "backward", through_answers))
     if gan and not own_features:
         critic = trainer.critic.critic

@@ -106,7 +106,8 @@ class PlacementConfig:
     """ray: Ray Train workers and actors; inline: everything in this process, without Ray."""
     mode: Literal["colocated", "teachers", "disaggregated"] = "colocated"
     """colocated: all roles in every worker; teachers: the teacher in a pool of actors, which score the next batch while
-    the critic learns; disaggregated: besides, generator and critic on workers of their own. The losses are the same."""
+    the critic learns; disaggregated: besides, generator and critic on workers of their own. The losses are the same
+    (SiDA's adversarial terms, coupled over a micro-batch as in its paper's code, are for micro-batches of one size)."""
     critic_ranks: int = 0
     """How many of the workers hold the critic when they are disaggregated; 0: as many as make a window shortest."""
     max_staleness: int = 0

@@ -38,7 +38,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     summary: dict[str, Any] = {
         "name": config.name,
         "run_dir": config.run_dir,
-        "method": config.method.kind,
+        "method": config.method.label,
         "generator_updates": progress["generator_updates"],
         "critic_updates": progress["critic_updates"],
         "images": progress["images"],
@@ -74,7 +74,8 @@ def summarise(config: RunConfig, run_id: str) -> Path:
 
 
 def warn_if_not_exportable(config: RunConfig) -> None:
-    """Say before training what the export at its end would find out. Raises ConfigError if there is no teacher."""
+    """Say before training what the export at its end would find out. Raises ConfigError if a diffusers teacher is not
+    there."""
     if is_edm(teacher_folder(config.teacher)):
         return
     scheduler = scheduler_config(teacher_folder(config.teacher), revision=config.teacher.revision)

@@ -68,13 +68,16 @@ def unpack(array: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Te
 
 
 def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_store") -> dict[str, Any]:
-    """A query as it travels; noise levels stay exact."""
+    """A query as it travels; noise levels and class labels stay exact."""
     return {
         "want": query.want,
         "guidance_scale": query.guidance_scale,
         "x_t": pack(query.x_t, dtype, transport),
         "t": pack(query.t, "fp32", transport),
-        "cond": {name: pack(tensor, dtype, transport) for name, tensor in query.cond.tensors.items()},
+        "cond": {
+            name: pack(tensor, "fp32" if tensor.ndim == 1 else dtype, transport)
+            for name, tensor in query.cond.tensors.items()
+        },
     }
 
 

@@ -434,7 +434,8 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, song: dict[str, Tenso
         ({"settings": {"novelty": 1}}, "unknown setting 'novelty'"),
         ({"settings": {"model_channels": 24}}, "weight "),
         ({"settings": {"model_channels": "a"}}, "'a' stands where a whole number belongs"),
-        ({"settings": {"num_blocks": 0}}, "blocks_per_level=0 must be at least 1"),
+        ({"settings": {"num_blocks": 10**9}}, "blocks_per_level=1000000000 must be from 1 to 64"),
+        ({"settings": {"num_blocks": 0}}, "blocks_per_level=0 must be from 1 to 64"),
         ({"more": lambda outer: vars(outer).pop("sigma_data")}, "has no sigma_data"),
         ({"more": lambda outer: vars(outer.model).update(_class_name="DiT")}, "model_type is DiT"),
         (
@@ -442,7 +443,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, song: dict[str, Tenso
             "weight embed1.bias has shape missing",
         ),
         ({"more": lambda outer: vars(outer).pop("_modules")}, "is no EDM network snapshot (KeyError"),
-        ({"more": lambda outer: outer.model._modules.update(self=outer.model)}, "is no EDM network snapshot"),
+        ({"more": lambda outer: outer.model._modules.update(self=outer.model)}, "stands in two places"),
     ],
 )
 def test_a_network_that_is_not_ours_is_refused(
@@ -451,14 +452,24 @@ def test_a_network_that_is_not_ours_is_refused(
     assert message in refusal(write(tmp_path / "a.pkl", snapshot("SongUNet", song, **change)))
 
 
-def test_a_weight_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path, song: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("offset", "size", "stride", "complaint"),
+    [
+        (2, (4,), (1,), "out of bounds"),
+        (0, (64,), (1,), "a weight of 64 numbers has 4 in the file"),
+        (0, (10**5, 10**5), (0, 0), "a weight of 10000000000 numbers has 4 in the file"),
+    ],
+)
+def test_a_weight_that_reaches_beyond_its_numbers_is_refused(
+    tmp_path: Path, song: dict[str, Tensor], offset: int, size: Any, stride: Any, complaint: str
+) -> None:
     class Beyond(nn.Parameter):
         def __reduce_ex__(self, protocol: Any) -> Any:
             return torch._utils._rebuild_tensor_v2, (
                 torch.zeros(4)._typed_storage(),
-                0,
-                (64,),
-                (1,),
+                offset,
+                size,
+                stride,
                 False,
                 None,
             )
@@ -468,7 +479,16 @@ def test_a_weight_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path, son
         call = Call(torch._utils._rebuild_parameter, Beyond(bias.data), False, collections.OrderedDict())
         outer.model.map_layer0._parameters["bias"] = call
 
-    assert "out of bounds" in refusal(write(tmp_path / "a.pkl", snapshot("SongUNet", song, more=shorten)))
+    assert complaint in refusal(write(tmp_path / "a.pkl", snapshot("SongUNet", song, more=shorten)))
+
+
+def test_a_module_that_stands_in_two_places_is_refused(tmp_path: Path, song: dict[str, Tensor]) -> None:
+    def double(outer: Any) -> None:
+        outer.model._modules["again"] = outer.model._modules["map_layer0"]
+
+    assert "stands in two places" in refusal(
+        write(tmp_path / "a.pkl", snapshot("SongUNet", song, more=double))
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps([1, 2]), pickle.dumps({"ema": 3})])
