@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,10 @@ class Denoiser(nn.Module, ABC):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x0 [B, C, H, W]."""
 
+    @classmethod
+    def import_libraries(cls) -> None:
+        """Import what the network is made of, as it must be before one arrives from another process."""
+
     def cast(self, dtype: str) -> Self:
         """Weights and arithmetic in `dtype`, in place; for a network that is not trained."""
         self.network.to(DTYPES[dtype])
@@ -136,8 +141,25 @@ def frozen_weights(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A `skeleton` on its way to another process of this program."""
+
+    kind: type[Denoiser]
+    pickled: bytes
+
+    @staticmethod
+    def of(denoiser: Denoiser) -> Packed:
+        return Packed(type(denoiser), pickle.dumps(skeleton(denoiser)))
+
+    def unpack(self) -> Denoiser:
+        self.kind.import_libraries()
+        denoiser: Denoiser = pickle.loads(self.pickled)
+        return denoiser
+
+
 def skeleton(denoiser: Denoiser) -> Denoiser:
-    """The denoiser without its weights, as it travels between processes; `with_weights` makes it whole."""
+    """The denoiser without its weights; `with_weights` makes it whole."""
     state = denoiser.state_dict(keep_vars=True)
     memo: dict[int, Any] = {}
     for tensor in state.values():

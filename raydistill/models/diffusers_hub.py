@@ -67,6 +67,10 @@ class UNetDenoiser(Denoiser):
     def network(self) -> nn.Module:
         return self.unet
 
+    @classmethod
+    def import_libraries(cls) -> None:
+        import_diffusers()
+
     def checkpoint_activations(self) -> None:
         self.unet.enable_gradient_checkpointing()
 

@@ -24,7 +24,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import PlacementError, RayDistillError
-from raydistill.models.denoiser import Cond, Denoiser, skeleton, with_weights
+from raydistill.models.denoiser import Cond, Packed, with_weights
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.actors import get
@@ -67,14 +67,15 @@ class _TeacherActor:
     """One replica: a teacher on shared weights."""
 
     def __init__(
-        self, parts: Denoiser, weights: Mapping[str, Any], null: Mapping[str, Any] | None, spec: PoolSpec
+        self, parts: Packed, weights: Mapping[str, Any], null: Mapping[str, Any] | None, spec: PoolSpec
     ):
-        """parts: the teacher's skeleton, which weights make whole; null: of one sample, None where it has none."""
+        """parts: the teacher without its weights; null: of one sample, None where it has none."""
         self._built: tuple[KeptGraphs, torch.device] | None = None
         self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
 
     def ready(self) -> None:
         """Answers when the process is there, and has imported what the teacher is made of."""
+        self._parts.kind.import_libraries()
 
     def _service(self) -> tuple[KeptGraphs, torch.device]:
         # built by the first call, not by the constructor, so that a failure reaches the caller as itself
@@ -82,7 +83,7 @@ class _TeacherActor:
             if not self._spec.gpus:
                 torch.set_num_threads(max(1, int(self._spec.cpus)))  # of this thread, which answers
             device = pick_device(self._spec.gpus, "placement.gpus_per_teacher")
-            denoiser = with_weights(self._parts, wire.shared_weights(self._weights)).to(device)
+            denoiser = with_weights(self._parts.unpack(), wire.shared_weights(self._weights)).to(device)
             if self._spec.compile:
                 denoiser.network.compile()
             null = None
@@ -241,7 +242,7 @@ class _PoolManager:
         fingerprint = pipeline.fingerprint
         denoiser = tuned_teacher(config, pipeline, torch.device("cpu"))
         weights = ray.put(wire.pack_weights(denoiser.state_dict()))
-        self._args = (skeleton(denoiser), weights, null)
+        self._args = (Packed.of(denoiser), weights, null)
         placement = config.placement
         spec = PoolSpec(
             identity=teacher_identity(config, fingerprint),
