@@ -345,8 +345,8 @@ MUTATIONS = [
         ("tests/runtime/test_loop.py", "-k", "rests"),
         (
             "sida: gradients accumulated at rest are kept",
-            "        self.optimizer.optimizer.zero_grad(set_to_none=True)\n        scalars.pop",
-            "        scalars.pop",
+            "        self.optimizer.optimizer.zero_grad(set_to_none=True)\n        return _with_std",
+            "        return _with_std",
         ),
     ),
     *_of(

@@ -13,6 +13,7 @@ from PIL import Image
 from raydistill.errors import ConfigError
 from raydistill.runtime import digits
 from raydistill.runtime.compare import compare
+from raydistill.runtime.settings import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "jobs" / "compare_methods.py"
@@ -23,14 +24,14 @@ def test_a_small_comparison_ends_with_table_plot_and_runs_under_one_parent_and_g
 ) -> None:
     out = tmp_path / "comparison.json"
     command = [
-        sys.executable, str(JOB), "--only", "sid", "moment_matching_2", "--images", "1280", "--runs",
+        sys.executable, str(JOB), "--only", "sid", "moment_matching_2", "--images", "256", "--runs",
         str(tmp_path / "runs"), "--out", str(out),
     ]  # fmt: skip
     done = run_command(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(each["method"], each["steps"], each["images"]) for each in rows] == [
-        ("sid", 1, 1280), ("moment_matching", 2, 1280),
+        ("sid", 1, 256), ("moment_matching", 2, 256),
     ]  # fmt: skip
     for each in rows:
         assert (
@@ -68,14 +69,18 @@ def test_runs_of_one_name_are_refused() -> None:
 
 
 def test_figures_of_different_protocols_are_never_put_in_one_table(tmp_path: Path) -> None:
-    few = [digits.sid(128), replace(digits.sid(128), name="other")]
-    few = [
-        replace(config, output_dir=str(tmp_path), tracking=replace(config.tracking, uri="off"))
-        for config in few
-    ]
-    few[1] = replace(few[1], evaluator=replace(few[1].evaluator, num_samples=599))
+    def small(name: str, num_samples: int) -> RunConfig:
+        config = digits.sid(128)
+        return replace(
+            config,
+            name=name,
+            output_dir=str(tmp_path),
+            tracking=replace(config.tracking, uri="off"),
+            evaluator=replace(config.evaluator, num_samples=num_samples, teacher_steps=2),
+        )
+
     with pytest.raises(ConfigError, match="can't be compared, their protocols differ in num_samples"):
-        compare("mixed", few, at_once=2)
+        compare("mixed", [small("one", 50), small("other", 60)], at_once=2)
 
 
 @pytest.mark.parametrize("method", [digits.dmd2, digits.sid, digits.sida, digits.moment_matching])
