@@ -113,11 +113,6 @@ def count_label(num_samples: int) -> str:
     return str(num_samples) if rest else f"{thousands}k"
 
 
-def same_protocol(a: Protocol, b: Protocol) -> bool:
-    """May figures of the two share an axis?"""
-    return a.hash() == b.hash()
-
-
 def require_same(protocols: Sequence[Protocol], but: Sequence[str] = ()) -> None:
     """Raise ConfigError, naming each field that differs, unless all figures may share an axis.
 

@@ -27,7 +27,17 @@ from torch import Tensor
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, expand
 from raydistill.diffusion.times import DiscreteUniform, KarrasIndexUniform, TimeSampler
 from raydistill.errors import ConfigError
-from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
+from raydistill.methods.method import (
+    Losses,
+    Method,
+    MethodConfig,
+    Needs,
+    PhaseDraws,
+    Query,
+    RealBatch,
+    Work,
+    sample_scalars,
+)
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -172,9 +182,7 @@ class DMD2(Method):
         terms = {"dm": 0.5 * F.mse_loss(x, (x - g).detach())}
         scalars = {
             "critic/lag": (answers["fake"] - answers["real"]).abs().mean(),
-            "sample/mean": x.detach().mean(),
-            "sample/mean_square": x.detach().square().mean(),
-            "sample/absmax": x.detach().abs().amax(),
+            **sample_scalars(x),
         }
         if "logit" in answers:
             terms["gan_generator"] = self.config.gan_weight_generator * F.softplus(-answers["logit"]).mean()

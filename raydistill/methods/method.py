@@ -179,6 +179,12 @@ class PhaseDraws:
         return self._draws.shared_integer(f"{self._phase}/{name}", self.step, low, high)
 
 
+def sample_scalars(x: Tensor) -> dict[str, Tensor]:
+    """What every method logs of its generated samples [B, C, H, W]."""
+    x = x.detach()
+    return {"sample/mean": x.mean(), "sample/mean_square": x.square().mean(), "sample/absmax": x.abs().amax()}
+
+
 class Method(ABC):
     """A distillation method as pure functions of networks, batches and draws."""
 
@@ -218,8 +224,12 @@ class Method(ABC):
         )
 
     def gan_on(self, generator_update: int) -> bool:
-        """Whether adversarial terms take part in this update (stage 2)."""
+        """Whether adversarial terms take part in this update of the generator (stage 2)."""
         return False
+
+    def reads_real(self, generator_update: int) -> bool:
+        """Whether the window of this update reads real batches."""
+        return self.starts_from_real or self.gan_on(generator_update)
 
     def generator_rests(self, generator_update: int) -> bool:
         """Whether the generator's optimiser step is left out of this update, so that only the critic learns."""

@@ -36,7 +36,17 @@ from torch import Tensor
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, VPDiscreteSchedule
 from raydistill.diffusion.times import DiscreteUniform, KarrasUniform, LogNormal, TimeSampler
 from raydistill.errors import ConfigError
-from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
+from raydistill.methods.method import (
+    Losses,
+    Method,
+    MethodConfig,
+    Needs,
+    PhaseDraws,
+    Query,
+    RealBatch,
+    Work,
+    sample_scalars,
+)
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -158,6 +168,9 @@ class SiD(Method):
         self._prompt_dropout = config.prompt_dropout if guided else 0.0
 
     def gan_on(self, generator_update: int) -> bool:
+        return self._gan and generator_update >= self.config.gan_start_update
+
+    def reads_real(self, generator_update: int) -> bool:
         """With SiDA always: its discriminator learns from the first update on."""
         return self._gan
 
@@ -194,7 +207,7 @@ class SiD(Method):
             "real": ask("teacher", guidance_scale=self.guidance_scale),
             "fake": ask("critic", guidance_scale=self.config.guidance_scale_critic),
         }
-        if self._gan and draws.step >= self.config.gan_start_update:
+        if self.gan_on(draws.step):
             asked["logit_map"] = ask("critic", "logit_map")
         return asked
 
@@ -211,9 +224,7 @@ class SiD(Method):
             terms = {"sid": 0.5 * terms["sid"], "gan_generator": 0.5 * gan}
         scalars = {
             "critic/lag": (fake - real).detach().abs().mean(),
-            "sample/mean": x.detach().mean(),
-            "sample/mean_square": x.detach().square().mean(),
-            "sample/absmax": x.detach().abs().amax(),
+            **sample_scalars(x),
         }
         return Losses(terms, scalars)
 

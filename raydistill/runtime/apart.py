@@ -356,7 +356,7 @@ class CriticRank(CriticSide):
     ) -> dict[str, float]:
         """The k-th critic update of a window, on this rank's slice of samples."""
         number = self.real_number(update, k)
-        reals, conditions = tee(self.batches.real(number, wanted=self.wants_real(gan_stage)))
+        reals, conditions = tee(self.batches.real(number, wanted=self.method.reads_real(update)))
         self.kept = list(self._micro_batches(x, prompts, conditions))
         step = update * self.method.critic_updates_per_generator + k
         return self.critic_update(step, iter(self.kept), reals, gan_stage=gan_stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,13 @@ def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:
             f"placement.max_staleness={config.placement.max_staleness} needs a method whose generator goes first; "
             f"method.kind={config.method.kind} lets its critic learn before it: it must be 0"
         )
+    ever = method.gan_on(sys.maxsize)
+    for role in ("generator", "critic"):
+        lr = getattr(config, role).lr_gan_stage
+        if lr is not None and not ever:
+            raise ConfigError(
+                f"{role}.lr_gan_stage={lr:g} has no meaning without adversarial terms: leave it out"
+            )
     return method
 
 
@@ -88,11 +96,20 @@ def method_class(kind: str) -> type[Method]:
 
 
 def build_generator(
-    config: RunConfig, pipeline: Pipeline, world: World, device: torch.device, *, adopt: bool = False
+    config: RunConfig,
+    method: Method,
+    pipeline: Pipeline,
+    world: World,
+    device: torch.device,
+    *,
+    adopt: bool = False,
 ) -> GeneratorTrainer:
     """The generator, a copy of the teacher; `adopt`: the pipeline's own network, where nobody else needs it."""
     denoiser = _trainable(pipeline, config.train, device, adopt)
-    return GeneratorTrainer(denoiser, config.generator, world, config.train.generator_updates)
+    # a linear learning rate ends with the run, also of a generator that rests
+    updates = config.train.generator_updates
+    steps = sum(not method.generator_rests(update) for update in range(updates))
+    return GeneratorTrainer(denoiser, config.generator, world, max(1, steps))
 
 
 def build_critic(

@@ -13,7 +13,7 @@ import torch
 from raydistill.checkpoint import Snapshot, Snapshots
 from raydistill.diffusion.schedules import EDMSchedule
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.eval.detectors import DETECTORS
+from raydistill.eval.detectors import ACCURACY
 from raydistill.methods.method import Method
 from raydistill.models.diffusers_export import export_pipeline, few_step_scheduler
 from raydistill.models.diffusers_hub import scheduler_config
@@ -132,7 +132,7 @@ def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | N
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
     teacher = done.pop(TEACHER_STEP, {})
     best = min(done, key=lambda step: done[step][metric], default=None)
-    measured = DETECTORS[config.evaluator.detector].accuracy_metric
+    measured = ACCURACY[config.evaluator.detector]
     accuracy = f"eval/{measured}_{label}"
     start, end = done.get(0, {}), done.get(last_step, {})
     figures = {

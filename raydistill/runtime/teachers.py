@@ -9,6 +9,8 @@ differ in it. The ranks' side is `raydistill.runtime.pool`.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import threading
@@ -30,6 +32,8 @@ from raydistill.runtime import wire
 from raydistill.runtime.actors import get
 from raydistill.runtime.build import build_pipeline, pick_device, tuned_teacher
 from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "raydistill"
 _SERVICE = "teacher_service/"
@@ -121,13 +125,13 @@ def wanted_replicas(
     return min(max(now, minimum), maximum)
 
 
-def _answered(reference: Any) -> bool:
-    """Whether a call that is over was answered; False if its actor died."""
+def _death(reference: Any) -> ray.exceptions.RayActorError | None:
+    """What the actor of a call that is over died of; None if it answered."""
     try:
         ray.get(reference)
-    except ray.exceptions.RayActorError:
-        return False
-    return True
+    except ray.exceptions.RayActorError as error:
+        return error
+    return None
 
 
 class _PoolManager:
@@ -139,6 +143,8 @@ class _PoolManager:
         self._replicas: dict[str, Any] = {}
         self._starting: dict[str, tuple[Any, Any]] = {}
         self._pings: dict[str, Any] = {}
+        self._unmade: dict[str, str] = {}
+        """Replicas whose process could not make them, and why."""
         self._outstanding: dict[str, tuple[int, float]] = {}
         self._busy_at = time.monotonic()
         self._args: tuple[Any, ...] | None = None
@@ -174,9 +180,9 @@ class _PoolManager:
             time.sleep(REPORT_S)
             with self._lock:
                 self._take_off_the_dead()
-                self._scale(
-                    may_grow=False
-                )  # a report of a queue is good for one replica, not for one a second
+                with contextlib.suppress(PlacementError):  # whoever asks is told
+                    # a report of a queue is good for one replica, not for one a second
+                    self._scale(may_grow=False)
 
     def _take_off_the_dead(self) -> None:
         """Replicas that Ray restarts start anew: one that finds no room any more must not attract queries."""
@@ -188,25 +194,33 @@ class _PoolManager:
             if not ray.wait([ping], timeout=0)[0]:
                 continue
             del self._pings[name]
-            if not _answered(ping):
+            if _death(ping):
                 del self._replicas[name]
                 self._starting[name] = handle, handle.ready.remote()
 
     def _welcome(self, timeout_s: float) -> None:
         """Let replicas whose process is there take queries: one that finds no room must not attract any."""
-        if not self._starting:
-            return
         waiting = [reference for _, reference in self._starting.values()]
-        there = ray.wait(waiting, num_returns=1, timeout=timeout_s)[0]
-        there += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+        there = ray.wait(waiting, num_returns=1, timeout=timeout_s)[0] if waiting else []
+        there += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if waiting else []
         for name, (handle, reference) in list(self._starting.items()):
             if reference not in there:
                 continue
-            if _answered(reference):
+            death = _death(reference)
+            if death is None:
                 del self._starting[name]
                 self._replicas[name] = handle
+            elif death.actor_init_failed:  # Ray does not try that again
+                del self._starting[name]
+                self._unmade[name] = str(death).strip().splitlines()[-1].strip()
+                log.warning("teacher replica %s can't be made: %s", name, self._unmade[name])
             else:
                 self._starting[name] = handle, handle.ready.remote()
+        if self._unmade and not (self._replicas or self._starting):
+            raise PlacementError(
+                f"no teacher replica can be made where it was placed: {next(iter(self._unmade.values()))} (do all "
+                "nodes have this raydistill and its packages? placement.mode=colocated needs no replicas)"
+            )
 
     def _scale(self, *, may_grow: bool) -> None:
         assert self._spec is not None
@@ -217,7 +231,7 @@ class _PoolManager:
         outstanding = sum(count for count, _ in self._outstanding.values())
         if outstanding >= len(self._replicas):
             self._busy_at = now
-        count = len(self._replicas) + len(self._starting)
+        count = len(self._replicas) + len(self._starting) + len(self._unmade)
         wanted = wanted_replicas(
             count, outstanding, now - self._busy_at,
             minimum=spec.minimum, maximum=spec.maximum, rest_s=spec.idle_s,
@@ -230,7 +244,7 @@ class _PoolManager:
             self._add(spec)
         elif wanted < count and self._starting:
             ray.kill(self._starting.popitem()[1][0])
-        elif wanted < count:
+        elif wanted < count and self._replicas:
             # what it has in hand is asked of another replica
             ray.kill(self._replicas.popitem()[1])
 

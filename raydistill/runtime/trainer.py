@@ -134,10 +134,6 @@ class Rank:
     def gan_stage(self, update: int) -> bool:
         return self.method.gan_on(update)
 
-    def wants_real(self, gan_stage: bool) -> bool:
-        """Whether a window reads real batches."""
-        return gan_stage or self.method.starts_from_real
-
     def real_number(self, update: int, k: int | None = None) -> int:
         """Which real batch goes with the k-th critic update of a window, or with its generator update (None).
 
@@ -188,7 +184,7 @@ class GeneratorSide(Rank):
         """The generator and the teacher, which must come after everything that begins as a copy of it."""
         self._prediction = self.pipeline.denoiser.prediction
         self.generator = build.build_generator(
-            self.config, self.pipeline, self.world, self.device, adopt=self.elsewhere is not None
+            self.config, self.method, self.pipeline, self.world, self.device, adopt=self.elsewhere is not None
         )
         self.teacher = self.elsewhere or build.build_teacher(self.config, self.pipeline, self.device)
         self.asks_ahead = self.elsewhere is not None
@@ -347,7 +343,7 @@ class Trainer(GeneratorSide, CriticSide):
         """The window's R critic updates; the figures of the last."""
         values: dict[str, float] = {}
         r = self.method.critic_updates_per_generator
-        wanted = self.wants_real(gan_stage)
+        wanted = self.method.reads_real(update)
         for k in range(r):
             step = update * r + k
             # each real micro-batch serves the sample, where that starts from it, and the critic's losses

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydistill.data.digits import read_digits
 from raydistill.errors import ConfigError, DataError
-from raydistill.eval.detectors import DETECTORS, detector_for
+from raydistill.eval.detectors import ACCURACY, detector_for
 from raydistill.eval.digit_net import (
     DIGIT_NET_FOLDER,
     NUM_FEATURES,
@@ -143,7 +143,7 @@ def test_label_accuracy_counts_and_names_what_is_no_digit() -> None:
 def test_every_detector_keeps_the_contract(name: str, caption: str, other: str) -> None:
     detector = detector_for(name)
     assert detector.to("cpu") is detector
-    assert DETECTORS[name].accuracy_metric == detector.accuracy_metric
+    assert ACCURACY[name] == detector.accuracy_metric
     edge = detector.image_size
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 3, edge, edge), dtype=torch.uint8, generator=draw)
@@ -158,8 +158,8 @@ def test_every_detector_keeps_the_contract(name: str, caption: str, other: str) 
 
 
 def test_detectors_are_told_apart_by_their_protocol_fields() -> None:
-    detectors = [detector_for(name) for name in DETECTORS]
+    detectors = [detector_for(name) for name in ACCURACY]
     for field in ("name", "sha256", "accuracy_metric"):
-        assert len({getattr(detector, field) for detector in detectors}) == len(DETECTORS)
+        assert len({getattr(detector, field) for detector in detectors}) == len(ACCURACY)
     with pytest.raises(ConfigError, match=r"evaluator\.detector='faces' is not one of scenes, digits"):
         detector_for("faces")

@@ -751,7 +751,8 @@ def test_sidas_gates_let_the_critic_learn_first_then_the_generator_then_its_adve
     asked = ["logit_map" in method.queries(x, NO_COND, None, draws(2, step=u)) for u in steps]
     assert asked == [False, False, False, False, True, True]
     # the discriminator learns from the first update on, which needs real images
-    assert all(method.gan_on(u) for u in steps)
+    assert all(method.reads_real(u) for u in steps)
+    assert [method.gan_on(u) for u in steps] == asked
     real = RealBatch(torch.ones(2, 1, 1, 1), Cond({"label": torch.zeros(2)}))
     critic = Critic(Recorder(method.schedule), None)
     terms = method.critic_losses(critic, x.detach(), real.cond, real, draws(2), {}).terms

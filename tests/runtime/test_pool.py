@@ -17,13 +17,14 @@ from torch import Tensor
 
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods.method import Query
-from raydistill.models.denoiser import Cond
+from raydistill.models.denoiser import Cond, Packed
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.build import build_pipeline, build_teacher
 from raydistill.runtime.pool import TeacherPool
-from raydistill.runtime.settings import PlacementConfig, RunConfig, TeacherConfig
+from raydistill.runtime.settings import PlacementConfig, RunConfig, TeacherConfig, to_dict
 from raydistill.runtime.teachers import (
+    _PoolManager,
     require_same_teacher,
     services,
     start_pool,
@@ -388,6 +389,32 @@ def test_teacher_that_can_not_be_loaded_is_told_as_itself(cluster: str) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.path='/nowhere/teacher'"):
         start_pool(replace(config, placement=replace(config.placement, teacher_service="misled")))
     assert "misled" not in services()
+
+
+class Unreadable:
+    """Can be sent, and not be read where it arrives, as with a package that a node lacks."""
+
+    def __reduce__(self) -> Any:
+        return os.listdir, ("/nowhere/at/all",)
+
+
+def ask_until_refused(manager: Any) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert manager.handles() == {}
+
+
+def test_replicas_that_can_not_be_made_are_told_of_and_not_waited_for(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Packed, "of", staticmethod(lambda denoiser: Unreadable()))
+    manager = _PoolManager(to_dict(scenes(teacher_replicas=2)), [])
+    with pytest.raises(
+        PlacementError, match=r"no teacher replica can be made .*/nowhere/at/all.*placement\.mode"
+    ):
+        ask_until_refused(manager)
+    # nor started again and again
+    assert len(manager._unmade) == 2
 
 
 def test_what_a_teacher_raises_reaches_the_asker(manager: Any, local: TeacherScorer) -> None:
