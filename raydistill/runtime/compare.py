@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from raydistill.config import to_dict
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, TrainingError
 from raydistill.eval.protocol import SAMPLER_FIELDS, Protocol, require_same
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.run import resolve, run
@@ -33,7 +34,7 @@ def compare(
 
     Each goes on from its newest snapshot; one that is complete is read. Returns their summaries, in order, and the
     parent's tracker, which the caller finishes. Raises ConfigError if two share a name or if their figures can't be
-    compared, and whatever a run raises.
+    compared, TrainingError if a run's process is killed, and whatever a run raises.
     """
     names = [config.name for config in configs]
     if doubled := {each for each in names if names.count(each) > 1}:
@@ -67,6 +68,11 @@ def compare(
                 for future in as_completed(waiting):
                     done[waiting[future]] = future.result()
                     bar.update()
+            except BrokenProcessPool as error:
+                raise TrainingError(
+                    f"a run's process was killed from outside (for want of memory?); {len(done)} of {len(children)} "
+                    "runs are complete. Start the same command again: each goes on from its newest snapshot"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

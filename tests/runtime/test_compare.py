@@ -1,11 +1,15 @@
 """Several runs as one comparison: real runs on the digits, a real MLflow store."""
 
 import json
+import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from subprocess import run as run_command
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -60,6 +64,29 @@ def test_a_small_comparison_ends_with_table_plot_and_runs_under_one_parent_and_g
     assert again.returncode == 0, again.stderr
     assert json.loads(out.read_text())["rows"] == rows
     assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_a_run_killed_from_outside_ends_the_comparison_with_one_line_that_says_how_to_go_on(
+    tmp_path: Path,
+) -> None:
+    runs = tmp_path / "runs"
+    command = [sys.executable, str(JOB), "--only", "sid", "--images", "100000", "--runs", str(runs)]
+    with Popen(command, cwd=tmp_path, stdout=DEVNULL, stderr=PIPE, text=True) as job:
+        until = time.monotonic() + 120
+        while not (runs / "sid_digits" / "metrics.jsonl").is_file():
+            assert job.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        (worker,) = [
+            child
+            for child in psutil.Process(job.pid).children()
+            if "--multiprocessing-fork" in child.cmdline()
+        ]
+        worker.kill()
+        _, told = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "Traceback" not in told
+    assert re.search(r"compare_methods: error: .*killed from outside.*0 of 1 .*same command again", told)
 
 
 def test_runs_of_one_name_are_refused() -> None:
