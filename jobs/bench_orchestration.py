@@ -167,7 +167,7 @@ class BareLoop:
         x_in, t_in = method.generator_input(self.generator, self.cond, self.shape, None, draws)
         x = self.generator(x_in, t_in, self.cond)
         leaf = x.detach().requires_grad_()
-        queries = method.queries(leaf, self.cond, draws)
+        queries = method.queries(leaf, self.cond, None, draws)
         with torch.no_grad():
             fake = queries["fake"]
             with frozen_weights(self.critic):
@@ -188,7 +188,7 @@ class BareLoop:
                 x_in, t_in = method.generator_input(self.generator, self.cond, self.shape, None, draws)
                 with torch.no_grad():
                     samples = self.generator(x_in, t_in, self.cond)
-            method.critic_losses(self.critic, samples, self.cond, None, draws).total().backward()
+            method.critic_losses(self.critic, samples, self.cond, None, draws, {}).total().backward()
             torch.nn.utils.clip_grad_norm_(self.critic.parameters(), 10.0)
             self.adam[1].step()
             self.adam[1].zero_grad()

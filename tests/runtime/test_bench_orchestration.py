@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from raydistill.runtime.simulate import Network, RoleSeconds
 
@@ -66,3 +67,15 @@ def test_sleeping_networks_take_their_seconds_and_little_more(bench: ModuleType)
     for field in fields(RoleSeconds):
         asleep = bench.SLEEP.get(field.name, 0.0)
         assert asleep <= getattr(found, field.name) < asleep + 0.1, field.name
+
+
+def test_the_bare_loop_trains_what_the_trainer_trains(bench: ModuleType) -> None:
+    loop = bench.BareLoop(bench.bench_config(2, 2))
+    before = [
+        [weight.clone() for weight in network.parameters()] for network in (loop.generator, loop.critic)
+    ]
+    loop.update()
+    for network, weights in zip((loop.generator, loop.critic), before, strict=True):
+        moved = [not torch.equal(new, old) for new, old in zip(network.parameters(), weights, strict=True)]
+        assert sum(moved) > 0.9 * len(moved)
+    assert loop.step == 1
