@@ -189,7 +189,7 @@ def placements(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
     say()
     say(f"{UPDATES} updates, same seed, against one colocated process:")
     say(f"{'placement':<20}{'losses: first update':>22}{'all updates':>14}{'final weights':>16}  weights")
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
         weights, points = job.weights(), job.points()
         losses = {
@@ -243,7 +243,14 @@ def kill_busy(title: str) -> Callable[[Job, LocalNodes], None]:
 
     def strike(job: Job, nodes: LocalNodes) -> None:
         found: list[psutil.Process] = []
-        job.wait_until(lambda: bool(found.extend(p for p in [job.actor_process(title)] if p) or found), title)
+
+        def is_there() -> bool:
+            process = job.actor_process(title)
+            if process is not None:
+                found.append(process)
+            return bool(found)
+
+        job.wait_until(is_there, title)
         found[0].kill()
 
     return strike

@@ -40,6 +40,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from raydistill.runtime.settings import RunConfig
@@ -138,15 +139,16 @@ class BareLoop:
         import torch
 
         from raydistill.diffusion.random import Draws
+        from raydistill.models.critic import Critic
         from raydistill.runtime import build
 
         self.config, self.draws = config, Draws(config.seed)
         pipeline = build.build_pipeline(config)
         self.method = build.build_method(config, pipeline)
-        networks = [
-            pipeline.copy_denoiser("fp32").to(memory_format=torch.channels_last).train() for _ in range(2)
-        ]
-        self.generator, self.critic = networks
+        networks = [pipeline.copy_denoiser("fp32").train() for _ in range(2)]
+        for network in networks:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's overloads
+        self.generator, self.critic = networks[0], Critic(networks[1], head=None)
         self.teacher = build.build_teacher(config, pipeline, torch.device("cpu"))
         self.adam = [torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True) for network in networks]
         self.shape = pipeline.latent_shape
@@ -473,7 +475,7 @@ class Rounds:
 
 def forwards_of(bare: BareLoop) -> dict[str, float]:
     """Forward passes of one bare update, counted by hooks in units of its batch."""
-    networks = {"generator": bare.generator, "critic": bare.critic, "teacher": bare.teacher.denoiser}
+    networks = {"generator": bare.generator, "critic": bare.critic.denoiser, "teacher": bare.teacher.denoiser}
     with counting(networks, bare.config.train.batch_size) as counts:
         bare.update()
     return counts
@@ -544,6 +546,7 @@ def turn_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from raydistill.runtime.ray_train import TrainSession
+    from raydistill.runtime.trainer import Trainer
 
     name, config, turns = settings["name"], settings["config"], settings["turns"]
     session = TrainSession(config, None, None, settings["teachers"], "")
@@ -551,6 +554,7 @@ def turn_worker(settings: dict[str, Any]) -> None:
     trainer = session.rank(config, normal_samples)
     networks = {role: part_network(part) for role, part in trainer.parts.items()}
     if config.placement.mode == "colocated":
+        assert isinstance(trainer, Trainer)
         networks["teacher"] = trainer.teacher.denoiser
     torch.set_num_threads(1)
     if trainer.goes_on():
@@ -838,11 +842,13 @@ def sleeping_windows(settings: dict[str, Any]) -> None:
 
     from raydistill.runtime import ray_train
 
-    ray_train.require_same_teacher = lambda *unused: SimpleNamespace(transport="object_store")
     config = settings["config"]
     session = ray_train.TrainSession(config, None, None, settings["teachers"], "")
 
-    trainer = session.rank(config, normal_samples)
+    # replicas that sleep are nobody's teacher
+    served = SimpleNamespace(transport="object_store")
+    with mock.patch.object(ray_train, "require_same_teacher", return_value=served):
+        trainer = session.rank(config, normal_samples)
     torch.set_num_threads(1)
     fall_asleep(trainer)
     last = time.perf_counter()

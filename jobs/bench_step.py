@@ -215,7 +215,7 @@ def job_config(arguments: argparse.Namespace) -> Any:
         )
         ratio = arguments.ratio or config.method.critic_updates_per_generator
         gates = ("gan_start_update", "generator_rest_updates")
-        from_the_first = {name: 0 for name in gates if hasattr(config.method, name)}
+        from_the_first: dict[str, Any] = {name: 0 for name in gates if hasattr(config.method, name)}
         config = replace(
             config,
             train=train,

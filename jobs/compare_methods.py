@@ -10,21 +10,21 @@ Runs go on where they stopped; figures, grids and the parent run are in MLflow (
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from raydistill.errors import RayDistillError
 from raydistill.runtime import digits
 from raydistill.runtime.compare import compare, plot_png, row, table
+from raydistill.runtime.settings import RunConfig
 
-RUNS = {
+RUNS: dict[str, Callable[[int], RunConfig]] = {
     "dmd2": digits.dmd2,
     "sid": digits.sid,
     "sida": digits.sida,
-    **{
-        f"moment_matching_{steps}": lambda images, steps=steps: digits.moment_matching(steps, images)
-        for steps in (1, 2, 4, 8)
-    },
+    **{f"moment_matching_{steps}": partial(digits.moment_matching, steps) for steps in (1, 2, 4, 8)},
 }
 
 

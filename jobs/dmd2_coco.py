@@ -18,6 +18,13 @@ from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
 from raydistill.runtime.settings import CheckpointConfig, RunConfig, TeacherConfig, TrainConfig
 
+_METHOD = DMD2Config(
+    critic_updates_per_generator=2,
+    timesteps=(625.0,),
+    gan_weight_generator=0.0,
+    gan_weight_critic=0.0,
+)
+
 
 def recipe() -> RunConfig:
     """DMD2 of the embedded captioned-scenes teacher into one step: the first minutes.
@@ -33,12 +40,7 @@ def recipe() -> RunConfig:
     return RunConfig(
         name="dmd2_coco",
         teacher=TeacherConfig(path="builtin:scenes", guidance_scale=1.5),
-        method=DMD2Config(
-            critic_updates_per_generator=2,
-            timesteps=(625.0,),
-            gan_weight_generator=0.0,
-            gan_weight_critic=0.0,
-        ),
+        method=_METHOD,
         generator=GeneratorConfig(
             lr=2.5e-4, warmup_steps=10, lr_schedule="linear", ema_halflife_images=3000.0
         ),
@@ -60,7 +62,7 @@ def long() -> RunConfig:
         base,
         name="dmd2_coco_long",
         method=replace(
-            base.method,
+            _METHOD,
             critic_updates_per_generator=3,
             gan_weight_generator=0.1,
             gan_weight_critic=0.1,
@@ -78,7 +80,7 @@ def four_step() -> RunConfig:
     """Four steps, trained by backward simulation on the grid of the paper's SDXL recipe, with its R and GAN weights."""
     base = recipe()
     method = replace(
-        base.method,
+        _METHOD,
         timesteps=(999.0, 749.0, 499.0, 249.0),
         critic_updates_per_generator=5,
         gan_weight_generator=5e-3,

@@ -6,6 +6,8 @@ python jobs/dmd2_imagenet64.py --preset paper --dry-run teacher.path=random:edm-
 ray job submit -- python jobs/dmd2_imagenet64.py    the same as a Ray job
 """
 
+from typing import Any
+
 from raydistill.cli import job_main
 from raydistill.data.reader import DataConfig
 from raydistill.methods.dmd2 import DMD2Config
@@ -26,7 +28,12 @@ def paper() -> RunConfig:
 
     The teacher is NVIDIA's edm-imagenet-64x64-cond-adm.pkl (CC BY-NC-SA). Evaluated by their own protocol, not here.
     """
-    adam_w = {"betas": (0.9, 0.999), "weight_decay": 0.01, "clip_norm": 10.0, "warmup_steps": 500}
+    adam_w: dict[str, Any] = {
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.01,
+        "clip_norm": 10.0,
+        "warmup_steps": 500,
+    }
     return RunConfig(
         name="dmd2_imagenet64",
         teacher=TeacherConfig(path="edm-imagenet-64x64-cond-adm.pkl", guidance_scale=1.0),

@@ -7,6 +7,8 @@ python jobs/moment_matching_imagenet64.py --preset paper --dry-run teacher.path=
 ray job submit -- python jobs/moment_matching_imagenet64.py     the same as a Ray job
 """
 
+from typing import Any
+
 from raydistill.cli import job_main
 from raydistill.data.reader import DataConfig
 from raydistill.methods.moment_matching import MomentMatchingConfig
@@ -33,7 +35,7 @@ def paper() -> RunConfig:
     What is marked unverified in methods.md 3.4 is marked here too. The paper's teacher is a UViT of its own; this one
     is NVIDIA's edm-imagenet-64x64-cond-adm.pkl (CC BY-NC-SA). Evaluated by their own protocol, not here.
     """
-    adam = {
+    adam: dict[str, Any] = {
         "betas": (0.0, 0.99),  # unverified, recalled
         "weight_decay": 0.0,  # unverified
         "warmup_steps": 0,  # unverified

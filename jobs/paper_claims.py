@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,7 @@ RUNS: dict[str, dict[str, Callable[[int], RunConfig]]] = {
         "alpha 0": lambda n: digits.sid(n, alpha=0.0),
         "alpha -0.25": lambda n: digits.sid(n, alpha=-0.25),
     },
-    "moment_matching": {
-        f"{k} steps": lambda n, k=k: digits.moment_matching(k, n)  # type: ignore[misc]
-        for k in (1, 4, 8)
-    },
+    "moment_matching": {f"{k} steps": partial(digits.moment_matching, k) for k in (1, 4, 8)},
 }
 
 

@@ -7,6 +7,8 @@ python jobs/sid_cifar10.py --preset paper data.shards=...   the paper's CIFAR-10
 ray job submit -- python jobs/sid_cifar10.py        the same as a Ray job
 """
 
+from typing import Any
+
 from raydistill.cli import job_main
 from raydistill.data.reader import DataConfig
 from raydistill.methods.sid import SiDConfig
@@ -34,7 +36,13 @@ def paper() -> RunConfig:
     edm-cifar10-32x32-cond-vp.pkl (CC BY-NC-SA). Only the shards' labels are used. Evaluated by their own protocol, not
     here (evaluator.enabled=false).
     """
-    adam = {"betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.0, "clip_norm": None, "warmup_steps": 0}
+    adam: dict[str, Any] = {
+        "betas": (0.0, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": None,
+        "warmup_steps": 0,
+    }
     return RunConfig(
         name="sid_cifar10",
         teacher=TeacherConfig(path="edm-cifar10-32x32-cond-vp.pkl", guidance_scale=1.0),

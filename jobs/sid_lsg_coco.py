@@ -5,6 +5,8 @@ python jobs/sid_lsg_coco.py --preset paper --dry-run    Stable Diffusion 1.5, as
 ray job submit -- python jobs/sid_lsg_coco.py       the same as a Ray job
 """
 
+from typing import Any
+
 from raydistill.cli import job_main
 from raydistill.data.reader import DataConfig
 from raydistill.methods.sid import SiDConfig
@@ -13,7 +15,7 @@ from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
 from raydistill.runtime.settings import CheckpointConfig, PrepareConfig, RunConfig, TeacherConfig, TrainConfig
 
-_ADAM = {"betas": (0.0, 0.999), "weight_decay": 0.0, "clip_norm": None}
+_ADAM: dict[str, Any] = {"betas": (0.0, 0.999), "weight_decay": 0.0, "clip_norm": None}
 
 
 def lsg(kappa: float) -> SiDConfig:
