@@ -293,6 +293,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _teachers(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.local_cluster import prepare_to_join
+
+    prepare_to_join()
+
     from raydistill.runtime.teachers import join_cluster, services, stop_service
 
     join_cluster()

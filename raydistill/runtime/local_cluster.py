@@ -41,6 +41,9 @@ START_TIMEOUT_S = 180.0
 # Ray's 3 s are too short for a job to write the snapshot that SIGTERM asks for.
 JOB_STOP_WAIT_S = 60
 _PROBE_TIMEOUT_S = 5.0
+# Without this Ray replaces 127.0.0.1 by the machine's outer address: GCS and raylet then listen on all interfaces, and
+# are looked for where a head that keeps to 127.0.0.1 doesn't listen.
+_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # The root ends its own within 3 s; with a job or one of Ray's own detached actors running, the raylet waits for it for
 # 10 s and more, and nothing of a head is worth that.
 _ROOT_STOP_TIMEOUT_S = 3.0
@@ -276,14 +279,19 @@ def _start(state_file: Path) -> Head:
     return dataclasses.replace(head, started_now=True)
 
 
+def prepare_to_join() -> None:
+    """Let this process join a head on 127.0.0.1, and one that wants the token; ray reads this when it is imported."""
+    os.environ.setdefault(*_LOOPBACK)
+    if auth_headers():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def _head_environment() -> dict[str, str]:
     ours = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     # Jobs say `python`, and it must be the one that raydistill is installed for.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    # Without this Ray replaces 127.0.0.1 by the machine's outer address, and then GCS and raylet listen on
-    # all interfaces.
-    env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    env.update([_LOOPBACK])
     # Ray starts its workers at niceness 15; the evaluator could then not give way to the trainers
     env.setdefault("RAY_worker_niceness", "0")
     env.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -21,7 +21,7 @@ from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
-from raydistill.runtime.local_cluster import free_ports
+from raydistill.runtime.local_cluster import free_ports, prepare_to_join
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
@@ -160,8 +160,7 @@ def _run_inline(config: RunConfig) -> None:
 
 
 def _run_on_ray(config: RunConfig) -> None:
-    # Ray takes 127.0.0.1 for "any address" on Linux unless told otherwise; it reads this when it is imported
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    prepare_to_join()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: the evaluator could not give way then
     import ray

@@ -149,6 +149,26 @@ def test_a_started_head_listens_on_this_machine_only(
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def teachers_command(env: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [BIN / "raydistill", "teachers", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.ray
+def test_teachers_command_joins_the_head_that_runs_here(
+    head: tuple[dict[str, str], local_cluster.Head],
+) -> None:
+    listed = teachers_command(head[0])
+    assert (listed.returncode, listed.stdout) == (0, "no teacher service runs on this cluster\n"), (
+        listed.stderr
+    )
+    refused = teachers_command(head[0], "--stop", "nosuch")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith(
+        "no teacher service 'nosuch' runs on this cluster; there are: none"
+    )
+
+
 @pytest.mark.ray
 def test_ray_job_submit_finds_the_head_through_the_plug_in(
     head: tuple[dict[str, str], local_cluster.Head],
