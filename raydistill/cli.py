@@ -242,7 +242,7 @@ def _export(arguments: argparse.Namespace) -> int:
     print(export(arguments.run, arguments.out, **chosen))
     if arguments.check:
         difference = export_difference(arguments.run, arguments.out, prompts=arguments.check, **chosen)
-        print(f"maximum difference of plain diffusers' images from the run's own, of 1: {difference:.1e}")
+        print(f"maximum difference of the folder's images from the run's own, of 1: {difference:.1e}")
     return 0
 
 
@@ -384,18 +384,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_snapshot_arguments(sample)
     sample.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
     sample.add_argument(
-        "--num-images", type=int, default=4, metavar="N", help="for each prompt (%(default)s)"
+        "--num-images", type=_positive, default=4, metavar="N", help="for each prompt (%(default)s)"
     )
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
     sample.add_argument("--out", default="samples.png", metavar="FILE", help="PNG to write (%(default)s)")
     evaluate = add("evaluate", _evaluate, "measure a run's generator", _EVALUATE)
     _add_snapshot_arguments(evaluate)
     evaluate.add_argument("--num-samples", type=int, metavar="N", help="images; as the run's own by default")
-    export = add("export", _export, "write a run's generator as a diffusers folder", _EXPORT)
+    export = add("export", _export, "write a run's generator as a folder like its teacher's", _EXPORT)
     _add_snapshot_arguments(export)
     export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
     check = (
-        "load it with plain diffusers and print how far its images of these prompts are from the run's own"
+        "load it (a diffusers folder with plain diffusers) and print how far its images of these prompts are from the "
+        "run's own"
     )
     export.add_argument("--check", nargs="+", metavar="PROMPT", help=check)
 
@@ -460,7 +461,9 @@ The prediction leaves out that a rank is less efficient with few samples (its ti
 for the optimiser's step), packing, data, snapshots and the averaging of figures."""
 _SAMPLE = 'raydistill sample runs/dmd2_coco --prompt "a red circle" --prompt "a blue square" --out grid.png'
 _EVALUATE = "Prints the metrics as JSON; a metric's name carries its number of samples."
-_EXPORT = "diffusers loads the folder: DiffusionPipeline.from_pretrained(FOLDER)"
+_EXPORT = """\
+Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER).
+Of a class-conditional one: edm.json and model.safetensors, which teacher.path takes."""
 _SUBMIT = """\
 Starts a head on 127.0.0.1 if none runs, sends Ray's auth token where one exists, and attaches to the log
 again when it breaks off. Ctrl-C asks whether to stop the job. The exit code is the job's.

@@ -102,8 +102,8 @@ def sida(images: int = IMAGES, **changes: Any) -> RunConfig:
     """SiDA: SiD with its discriminator; changes: of its settings.
 
     Its gates are after 1 % and 2 % of the images (the paper's 100k and 200k of 300M would be no update here). The
-    discriminator's weight is the paper's 1 by the ratio of pixels (64 to 3 x 32 x 32), of which the score's loss is a sum
-    and the discriminator's a mean: with 1 it outweighed the score's, and toyfid came to 0.128 instead of 0.112.
+    discriminator's weight is the paper's 1 by the ratio of pixels (64 to 3 x 32 x 32), of which the score's loss is a
+    sum and the discriminator's a mean: with 1 it outweighed the score's, and toyfid came to 0.128 instead of 0.112.
     """
     update = images_of_update(SiDConfig())
     method = SiDConfig(

@@ -354,7 +354,7 @@ def _draw(config: RunConfig, progress: Callable[[], dict[str, Any]], done: threa
         values, step = state["values"], int(state["values"].get("generator_updates", 0))
         if first is None and step:
             first = step, time.monotonic()
-        words = _words(values)
+        words = _words(values, state["steps"])
         if terminal:
             bar.n = step
             bar.set_postfix_str(words)
@@ -375,12 +375,17 @@ def _eta(step: int, total: int, first: tuple[int, float] | None) -> str:
     return f" [{pace:.2f} s/update, ETA {left // 60}:{left % 60:02d}]"
 
 
-def _words(values: dict[str, float]) -> str:
-    wanted = [("loss/generator_total", "generator"), ("loss/critic_total", "critic")]
-    wanted += [
+def _words(values: dict[str, float], steps: dict[str, int]) -> str:
+    losses = [("loss/generator_total", "generator"), ("loss/critic_total", "critic")]
+    figures = [
         (name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")
     ]
-    wanted += [
-        (name, "accuracy") for name in sorted(values) if "_accuracy_" in name and "teacher" not in name
-    ]
-    return " ".join(f"{short}={values[name]:.3g}" for name, short in wanted if name in values)
+    words = [f"{short}={values[name]:.3g}" for name, short in losses if name in values]
+    if figures:
+        # said with its update: it may be far behind
+        words.append(f"| update {steps[figures[0][0]]}:")
+        figures += [
+            (name, "accuracy") for name in sorted(values) if "_accuracy_" in name and "teacher" not in name
+        ]
+        words += [f"{short}={values[name]:.3g}" for name, short in figures]
+    return " ".join(words)

@@ -160,10 +160,11 @@ class Tracker:
         self._append({"artifact": str(target.relative_to(self.run_dir)), "folder": artifact_path})
 
     def progress(self) -> dict[str, Any]:
-        """Latest values and step for a progress bar, and what is waiting, repeated or lost."""
+        """Latest values and their steps for a progress bar, and what is waiting, repeated or lost."""
         return {
             "step": self._last_step,
             "values": {name: value for name, (_, value) in self._latest.items()},
+            "steps": {name: step for name, (step, _) in self._latest.items()},
             "unsent_bytes": self._journal.unsent_bytes if self._run else 0,
             "repeated_points": self._repeated,
             "dropped_points": self._journal.dropped_points,

@@ -310,6 +310,8 @@ def test_a_head_that_dies_under_a_job_is_reported_and_not_waited_for() -> None:
             assert plain.returncode == 0, plain.stdout + plain.stderr
             assert "with a token" in plain.stdout
             assert TOKEN not in plain.stdout + plain.stderr
+            listed = teachers_command(env)
+            assert (listed.returncode, TOKEN in listed.stdout + listed.stderr) == (0, False), listed.stderr
             started = local_cluster.status()
             assert started is not None
             assert started.pid is not None
