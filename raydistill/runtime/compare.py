@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +66,53 @@ def compare(
     done: dict[str, Summary] = {}
     bar = tqdm(total=len(children), desc=name, unit="run")
     try:
-        with ProcessPoolExecutor(at_once, get_context("spawn"), _few_threads, (threads,)) as pool:
-            waiting = {pool.submit(_run, to_dict(child)): child.name for child in children}
-            try:
-                for future in as_completed(waiting):
-                    done[waiting[future]] = future.result()
+        with (
+            _sigterm_passed_on(),
+            ProcessPoolExecutor(at_once, get_context("spawn"), _few_threads, (threads,)) as pool,
+        ):
+            # handed out one by one: what the pool holds in advance it would begin after an error, or after SIGTERM
+            rest, running = iter(children), dict[Future[Summary], str]()
+            while len(done) < len(children):
+                for child in islice(rest, at_once - len(running)):
+                    running[pool.submit(_run, to_dict(child))] = child.name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done[running.pop(future)] = future.result()
                     bar.update()
-            except BrokenProcessPool as error:
-                raise TrainingError(
-                    f"a run's process was killed from outside (for want of memory?); {len(done)} of {len(children)} "
-                    "runs are complete. Start the same command again: each goes on from its newest snapshot"
-                ) from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
         require_same([_protocol(config) for config in children], SAMPLER_FIELDS)
         for summary in done.values():
             if summary["toyfid_start"] is None or summary["toyfid_end"] is None:
                 failed = "; ".join(f"update {s}: {e}" for s, e in summary["evaluations_failed"].items())
                 raise ConfigError(f"{summary['name']} has no figure to compare: {failed}")
+    except BrokenProcessPool as error:
+        parent.finish("FAILED")
+        raise TrainingError(
+            f"a run's process was killed from outside (for want of memory?); {len(done)} of {len(children)} "
+            "runs are complete. Start the same command again: each goes on from its newest snapshot"
+        ) from error
     except BaseException:
         parent.finish("FAILED")
         raise
     finally:
         bar.close()
     return [done[each] for each in names], parent
+
+
+@contextmanager
+def _sigterm_passed_on() -> Iterator[None]:
+    """SIGTERM to this process stops the runs, each with a snapshot; by itself it would leave them running."""
+
+    def pass_on(signum: int, frame: object) -> None:
+        for child in active_children():
+            child.terminate()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _few_threads(threads: int) -> None:

@@ -53,6 +53,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     validate(config)
     warn_if_not_exportable(config)
     _check_folder(config)
+    made, total = _snapshots(config).steps(), config.train.generator_updates
+    if made and made[-1] >= total:
+        log.warning(
+            "%s: all %d updates are done already; missing figures, summary and export are made "
+            "(resume=false starts anew)", config.name, total,
+        )  # fmt: skip
     if config.placement.session == "inline":
         from raydistill.runtime.fit import machine_bytes, require_fit
 
@@ -61,12 +67,16 @@ def run(config: RunConfig) -> dict[str, Any]:
     else:
         _run_on_ray(config)
     if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
-        newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).steps()[-1]
+        newest = _snapshots(config).steps()[-1]
         raise InterruptedRunError(
             f"stopped at update {newest} as asked; the same command goes on from its snapshot"
         )
     summary: dict[str, Any] = json.loads((Path(config.run_dir) / "summary.json").read_text())
     return summary
+
+
+def _snapshots(config: RunConfig) -> Snapshots:
+    return Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep)
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -289,7 +299,7 @@ def _check_folder(config: RunConfig) -> None:
         raise ConfigError(
             f"a run of name={config.name!r} is going on in {config.run_dir}: choose another name, or wait for it"
         )
-    newest = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).latest()
+    newest = _snapshots(config).latest()
     if config.resume and newest is not None:
         require_same_settings(config, newest.step, newest.manifest)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -62,31 +63,41 @@ def test_a_small_comparison_ends_with_table_plot_and_runs_under_one_parent_and_g
 
     again = run_command(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
+    assert "sid_digits: all 2 updates are done already" in again.stderr
     assert json.loads(out.read_text())["rows"] == rows
     assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
-def test_a_run_killed_from_outside_ends_the_comparison_with_one_line_that_says_how_to_go_on(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("whom", "how", "told_of"),
+    [
+        ("run", signal.SIGKILL, r"killed from outside.*0 of 3 .*same command again"),
+        ("comparison", signal.SIGTERM, r"stopped at update \d+ as asked; the same command goes on"),
+    ],
+)
+def test_a_comparison_that_is_stopped_says_how_to_go_on_in_one_line_and_leaves_no_process(
+    tmp_path: Path, whom: str, how: int, told_of: str
 ) -> None:
     runs = tmp_path / "runs"
-    command = [sys.executable, str(JOB), "--only", "sid", "--images", "100000", "--runs", str(runs)]
+    command = [
+        sys.executable, str(JOB), "--only", "sid", "sida", "dmd2", "--at-once", "1", "--images", "100000",
+        "--runs", str(runs),
+    ]  # fmt: skip
     with Popen(command, cwd=tmp_path, stdout=DEVNULL, stderr=PIPE, text=True) as job:
         until = time.monotonic() + 120
-        while not (runs / "sid_digits" / "metrics.jsonl").is_file():
+        while not (runs / "sid_digits" / "snapshots").is_dir():
             assert job.poll() is None
             assert time.monotonic() < until
             time.sleep(0.1)
-        (worker,) = [
-            child
-            for child in psutil.Process(job.pid).children()
-            if "--multiprocessing-fork" in child.cmdline()
-        ]
-        worker.kill()
-        _, told = job.communicate(timeout=60)
+        children = psutil.Process(job.pid).children()
+        (worker,) = [child for child in children if "--multiprocessing-fork" in child.cmdline()]
+        (worker if whom == "run" else job).send_signal(how)
+        _, told = job.communicate(timeout=120)
     assert job.returncode == 2
     assert "Traceback" not in told
-    assert re.search(r"compare_methods: error: .*killed from outside.*0 of 1 .*same command again", told)
+    assert re.search(f"compare_methods: error: .*{told_of}", told)
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert not (runs / "sida_digits").exists()
 
 
 def test_runs_of_one_name_are_refused() -> None:
