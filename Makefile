@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(VENV)/bin/raydistill submit --stop-head -- python jobs/dmd2_coco.py
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 3 --maxschedchunk 1
+	$(VENV)/bin/python -m pytest -n 2 --maxschedchunk 1
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
