@@ -27,17 +27,7 @@ from torch import Tensor
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, expand
 from raydistill.diffusion.times import DiscreteUniform, KarrasIndexUniform, TimeSampler
 from raydistill.errors import ConfigError
-from raydistill.methods.method import (
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-    PhaseDraws,
-    Query,
-    RealBatch,
-    Work,
-    sample_scalars,
-)
+from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -182,7 +172,6 @@ class DMD2(Method):
         terms = {"dm": 0.5 * F.mse_loss(x, (x - g).detach())}
         scalars = {
             "critic/lag": (answers["fake"] - answers["real"]).abs().mean(),
-            **sample_scalars(x),
         }
         if "logit" in answers:
             terms["gan_generator"] = self.config.gan_weight_generator * F.softplus(-answers["logit"]).mean()

@@ -179,12 +179,6 @@ class PhaseDraws:
         return self._draws.shared_integer(f"{self._phase}/{name}", self.step, low, high)
 
 
-def sample_scalars(x: Tensor) -> dict[str, Tensor]:
-    """What every method logs of its generated samples [B, C, H, W]."""
-    x = x.detach()
-    return {"sample/mean": x.mean(), "sample/mean_square": x.square().mean(), "sample/absmax": x.abs().amax()}
-
-
 class Method(ABC):
     """A distillation method as pure functions of networks, batches and draws."""
 

@@ -34,17 +34,7 @@ from raydistill.diffusion.samplers import ancestral, posterior
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, VPDiscreteSchedule, expand
 from raydistill.diffusion.times import PairedTimes, karras_sigma
 from raydistill.errors import ConfigError
-from raydistill.methods.method import (
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-    PhaseDraws,
-    Query,
-    RealBatch,
-    Work,
-    sample_scalars,
-)
+from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -182,7 +172,7 @@ class MomentMatching(Method):
     ) -> Losses:
         gap = answers["tangent"] if self._instant else answers["fake"] - answers["real"]
         s = queries["tangent" if self._instant else "fake"].t
-        scalars = sample_scalars(x)
+        scalars: dict[str, Tensor] = {}
         if not self._instant:
             scalars["critic/lag"] = gap.detach().abs().mean()
         return Losses({"moment": (self._weight(s, x) * x * gap.detach()).mean()}, scalars)

@@ -36,17 +36,7 @@ from torch import Tensor
 from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, VPDiscreteSchedule
 from raydistill.diffusion.times import DiscreteUniform, KarrasUniform, LogNormal, TimeSampler
 from raydistill.errors import ConfigError
-from raydistill.methods.method import (
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-    PhaseDraws,
-    Query,
-    RealBatch,
-    Work,
-    sample_scalars,
-)
+from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 
@@ -224,7 +214,6 @@ class SiD(Method):
             terms = {"sid": 0.5 * terms["sid"], "gan_generator": 0.5 * gan}
         scalars = {
             "critic/lag": (fake - real).detach().abs().mean(),
-            **sample_scalars(x),
         }
         return Losses(terms, scalars)
 

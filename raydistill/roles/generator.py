@@ -91,9 +91,8 @@ class GeneratorTrainer:
         others_done()
         x.backward(field / num_micro_batches)
         total = {"loss/generator_total": losses.total()}
-        self._scalars.append(
-            {f"loss/{name}": term for name, term in losses.terms.items()} | total | norms | losses.scalars
-        )
+        terms = {f"loss/{name}": term for name, term in losses.terms.items()}
+        self._scalars.append(terms | total | norms | losses.scalars | _sample_scalars(leaf.detach()))
 
     def step(self, images: int, *, gan_stage: bool) -> dict[str, float]:
         """One optimiser step; images: samples of the global batch, by which the EMA is counted."""
@@ -128,12 +127,14 @@ class GeneratorTrainer:
             self.ema.load(unprefixed(tensors, _PREFIX["ema"]), state["ema_images_seen"])
 
 
+def _sample_scalars(x: Tensor) -> dict[str, Tensor]:
+    return {"sample/mean": x.mean(), "sample/mean_square": x.square().mean(), "sample/absmax": x.abs().amax()}
+
+
 def _with_std(values: dict[str, float]) -> dict[str, float]:
     """Means merge over micro-batches and ranks, standard deviations don't: made of the merged means."""
-    if "sample/mean_square" in values:
-        variance = values.pop("sample/mean_square") - values["sample/mean"] ** 2
-        values["sample/std"] = math.sqrt(max(variance, 0.0))
-    return values
+    variance = values.pop("sample/mean_square") - values["sample/mean"] ** 2
+    return values | {"sample/std": math.sqrt(max(variance, 0.0))}
 
 
 def generator_weights(snapshot: Snapshot, weights: Weights) -> dict[str, Tensor]:
