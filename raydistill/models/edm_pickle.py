@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -171,9 +172,20 @@ class _Unpickler(pickle.Unpickler):
             raise _ForbiddenGlobalError(f"{module_name}.{global_name}") from None
 
 
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse an index that a few bytes of the file would make the unpickler reserve gigabytes for."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
+            raise pickle.UnpicklingError(f"memo index {argument} in a file of {size} bytes")
+    file.seek(0)
+
+
 def _unpickle(path: Path, where: str) -> Any:
     try:
         with path.open("rb") as file:
+            _check_memo(file)
             return _Unpickler(file).load()
     except OSError as error:
         raise ConfigError(f"{where} can't be read: {error.strerror or error}") from None

@@ -397,6 +397,11 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, song: dict
         assert "truncated or no pickle" in refusal(write(tmp_path / "a.pkl", content[:length]))
 
 
+def test_a_memo_index_cannot_fill_the_memory(tmp_path: Path) -> None:
+    content = b"\x80\x02}" + pickle.LONG_BINPUT + (2**31).to_bytes(4, "little") + b"."
+    assert "memo index 2147483648 in a file of 9 bytes" in refusal(write(tmp_path / "a.pkl", content))
+
+
 def test_a_damaged_file_is_read_or_refused(tmp_path: Path, song: dict[str, Tensor]) -> None:
     content = snapshot("SongUNet", song)
     chance = random.Random(9)
