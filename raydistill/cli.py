@@ -14,6 +14,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +22,7 @@ from raydistill.errors import ConfigError, RayDistillError
 
 if TYPE_CHECKING:
     from raydistill.runtime.settings import RunConfig
+    from raydistill.sweep.config import SweepConfig
 
 Recipe = Callable[[], "RunConfig"]
 
@@ -63,6 +65,18 @@ def job_main(
     _add_run_arguments(parser, presets or {})
     arguments = _parse(parser, argv)
     sys.exit(_guarded(lambda: _run(recipe, presets or {}, arguments)))
+
+
+def sweep_main(recipe: "Callable[[], SweepConfig]", argv: Sequence[str] | None = None) -> NoReturn:
+    """What a sweep's job file calls: run `recipe()` with the command line's changes; ends the process."""
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(recipe.__doc__ or ""),
+        epilog=sys.modules[recipe.__module__].__doc__,
+        formatter_class=_HELP,
+    )
+    _add_sweep_arguments(parser)
+    arguments = _parse(parser, argv)
+    sys.exit(_guarded(lambda: _run_sweep(recipe(), arguments)))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,6 +126,62 @@ def _run(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Name
         where = where.relative_to(Path.cwd())
     # A promise to whoever reads the output: this is its last line.
     print(f"summary: {where}/summary.json", flush=True)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from raydistill.sweep.config import SweepConfig
+
+    recipe, presets = load_job(arguments.job)
+    run = _configured(recipe, presets, arguments)
+    run = replace(run, name=f"sweep_{run.name}")
+    return _run_sweep(SweepConfig(run=run, space={}), arguments)
+
+
+def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
+    from raydistill.config import apply_overrides
+    from raydistill.sweep.config import checked, parse_space, trials_of
+
+    given = {
+        "metric": arguments.metric,
+        "search": arguments.search,
+        "num_trials": arguments.num_trials,
+        "grace_updates": arguments.grace_updates,
+        "reduction_factor": arguments.reduction_factor,
+        "max_at_once": arguments.at_once,
+        "asha": False if arguments.no_asha else None,
+        "share_teacher": False if arguments.own_teachers else None,
+    }
+    config = replace(
+        config,
+        run=apply_overrides(config.run, arguments.overrides),
+        space={**config.space, **parse_space(arguments.over)},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if arguments.dry_run:
+        config = checked(config)
+        print(f"{config.name}: {config.search} search by {config.figure} ({config.mode})")
+        for name, values in config.space.items():
+            print(f"  {name}: {values}")
+        if config.search != "optuna":
+            for number, settings in enumerate(trials_of(config)):
+                print(f"trial {number}: {settings}")
+        return 0
+    from raydistill.runtime.local_cluster import prepare_to_join
+
+    prepare_to_join()  # before Ray is imported, which reads how to authenticate then
+
+    from raydistill.sweep.sweep import sweep
+
+    board = sweep(config, resume=arguments.resume)
+    print(f"\n{board.table()}")
+    best, where = board.best, Path(board.config.folder)
+    where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
+    if best is not None:
+        print(
+            f"best: {best.name} ({board.config.figure} {best.metric:.4g} at update {best.step}): {best.settings}"
+        )
+    print(f"sweep: {where}/sweep.json", flush=True)
     return 0
 
 
@@ -355,6 +425,10 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "run a job file in this process", _TRAIN)
     _add_job_argument(train)
     _add_run_arguments(train, {})
+    sweep = add("sweep", _sweep, "try settings against each other with Ray Tune", _SWEEP)
+    _add_job_argument(sweep)
+    sweep.add_argument("--preset", metavar="NAME", help="one of the job's other recipes")
+    _add_sweep_arguments(sweep)
     plan = add("plan", _plan, "what a job would allocate and compute, without doing it", _PLAN)
     _add_job_argument(plan)
     _add_recipe_arguments(plan, {})
@@ -435,6 +509,30 @@ def _add_run_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, Re
     parser.add_argument("--help-settings", action="store_true", help="print every setting with its meaning")
 
 
+def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    over = "what a setting takes: values with commas, a JSON list, uniform(LOW,HIGH), loguniform(LOW,HIGH), randint(..)"
+    parser.add_argument("--over", action="append", default=[], metavar="NAME=VALUES", help=over)
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings of all trials")
+    searches = "all combinations (grid), or --num-trials of the space (random, optuna)"
+    parser.add_argument("--search", choices=("grid", "random", "optuna"), help=searches)
+    parser.add_argument("--num-trials", type=_positive, metavar="N", help="of a random or optuna search (16)")
+    parser.add_argument("--metric", metavar="NAME", help="the evaluator's figure that decides (its toyfid)")
+    parser.add_argument("--no-asha", action="store_true", help="stop no trial early")
+    grace = "generator updates before ASHA may stop a trial (evaluator.every)"
+    parser.add_argument("--grace-updates", type=_positive, metavar="N", help=grace)
+    factor = "at each rung one trial in so many goes on (2)"
+    parser.add_argument("--reduction-factor", type=float, metavar="F", help=factor)
+    parser.add_argument(
+        "--at-once", type=_positive, metavar="N", help="trials at a time (as many as have room)"
+    )
+    own = "a teacher in every trial's workers instead of one for all"
+    parser.add_argument("--own-teachers", action="store_true", help=own)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted sweep")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and list the trials, then stop"
+    )
+
+
 def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME")
     parser.add_argument("--step", type=int, metavar="N", help="of which snapshot; the newest by default")
@@ -444,6 +542,14 @@ def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
 _TRAIN = """\
 Settings are dotted names: raydistill train jobs/dmd2_coco.py method.critic_updates_per_generator=10
 --help-settings lists them all. A run that was interrupted goes on when started again."""
+_SWEEP = """\
+Trials are ordinary runs of the job, with Ray Train inside, on one teacher that they share. Those whose figure falls
+behind are stopped. A sweep that was interrupted goes on with --resume: finished trials are kept, the others go on from
+their snapshots.
+
+  raydistill sweep jobs/dmd2_coco.py --over method.critic_updates_per_generator=1,2,5,10 \\
+      --over teacher.guidance_scale=1,1.5,3 train.generator_updates=100 evaluator.every=50
+  raydistill sweep jobs/dmd2_coco.py --search optuna --num-trials 20 --over "generator.lr=loguniform(1e-5,1e-3)\""""
 _PLAN = """\
 Roles, bytes per role (GiB) and network forwards per update; then the placements that so many devices allow, with what
 moves between them, how long an update takes and who waits.

@@ -32,10 +32,10 @@ DOORS = {
     "fsspec": ("raydistill/data/", "raydistill/checkpoint/"),
     "cleanfid": ("raydistill/eval/",),
     # the benchmark measures Ray itself, with actors and ranks that do nothing
-    "ray": ("raydistill/runtime/", "raydistill/sweep.py", "jobs/bench_orchestration.py"),
+    "ray": ("raydistill/runtime/", "raydistill/sweep/", "jobs/bench_orchestration.py"),
     "ray.train": ("raydistill/runtime/ray_train.py", "jobs/bench_orchestration.py"),
-    "ray.tune": ("raydistill/sweep.py",),
-    "optuna": ("raydistill/sweep.py",),
+    "ray.tune": ("raydistill/sweep/",),
+    "optuna": ("raydistill/sweep/",),
 }
 DISTRIBUTIONS = {"PIL": "pillow", "cleanfid": "clean-fid", "sklearn": "scikit-learn"}
 # Parts of a declared dependency's interface: its errors (aiohttp, botocore), and what it can't be without.

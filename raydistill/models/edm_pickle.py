@@ -177,8 +177,10 @@ def _check_memo(file: BinaryIO) -> None:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
-            raise pickle.UnpicklingError(f"memo index {argument} in a file of {size} bytes")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            assert argument is not None
+            if argument > size:
+                raise pickle.UnpicklingError(f"memo index {argument} in a file of {size} bytes")
     file.seek(0)
 
 

@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -90,8 +91,13 @@ class _EvaluatorActor:
 
     def evaluate(self, step: int) -> Evaluation:
         if self._built is None:
-            self._built = build_evaluator(
-                self._config, "cuda" if self._config.placement.evaluator_gpus else "cpu"
+            from raydistill.runtime.teachers import shared_teacher
+
+            config = self._config
+            self._built = (
+                build_evaluator(config, "cuda")
+                if config.placement.evaluator_gpus
+                else build_evaluator(config, shared=partial(shared_teacher, config))
             )
         return evaluate_snapshot(self._built, self._config, step)
 

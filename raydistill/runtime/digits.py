@@ -23,8 +23,8 @@ from raydistill.runtime.settings import (
 )
 
 IMAGES = 150_000
-"""Generated for training in a run, as long as nothing else is said. SiD and SiDA are no better from twice as many (0.123
-with alpha 1 and 0.131, after 0.12 on the way): they go on to lose variety."""
+"""Generated for training in a run, as long as nothing else is said. SiD and SiDA are no better from twice as many:
+0.123 (alpha 1) and 0.131, after 0.12 on the way."""
 LONG = 2_000_000
 """Likewise in the long recipe."""
 BATCH = 64

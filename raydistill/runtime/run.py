@@ -242,8 +242,10 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
                 ray.kill(actor)
 
 
-def connect(num_cpus: int | None = None) -> None:
+def connect(num_cpus: int | None = None, *, quiet: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS, or start one that lives as long as this process, with all CPUs or `num_cpus`.
+
+    quiet: what other processes print is left in Ray's logs.
 
     The workers learn its address: Ray Train asks its state API whether the controller lives, and without RAY_ADDRESS
     that asks the head which was started last on the machine, be it another cluster's (the run would lose its workers)
@@ -255,7 +257,11 @@ def connect(num_cpus: int | None = None) -> None:
     if address:
         known = "://" not in address and address not in ("auto", "local")
         try:
-            ray.init(logging_level="WARNING", runtime_env=_workers_know(address) if known else None)
+            ray.init(
+                logging_level="WARNING",
+                log_to_driver=not quiet,
+                runtime_env=_workers_know(address) if known else None,
+            )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise PlacementError(
                 f"RAY_ADDRESS={address!r} can't be joined: {error}; unset it to start a Ray of this run's own"
@@ -269,6 +275,7 @@ def connect(num_cpus: int | None = None) -> None:
             address="local",
             num_cpus=num_cpus,
             logging_level="WARNING",
+            log_to_driver=not quiet,
             object_store_memory=256 * 2**20,
             dashboard_host="127.0.0.1",
             runtime_env=_workers_know(f"127.0.0.1:{port}"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from raydistill.checkpoint import Snapshots
 from raydistill.errors import EvaluatorError, RayDistillError
+from raydistill.models.denoiser import Denoiser
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.session import TEACHER_STEP
@@ -24,9 +25,13 @@ def open_tracker(config: RunConfig) -> Tracker:
     return Tracker(config.tracking, config.run_dir, config.name, run_id=previous_run_id(config.run_dir))
 
 
-def build_evaluator(config: RunConfig, device: str = "cpu") -> Evaluator:
-    """The evaluator with a pipeline of its own."""
+def build_evaluator(
+    config: RunConfig, device: str = "cpu", shared: Callable[[str], Denoiser | None] = lambda _: None
+) -> Evaluator:
+    """The evaluator with a pipeline of its own; shared: its denoiser by its fingerprint, if others have it."""
     pipeline = build_pipeline(config)
+    if denoiser := shared(pipeline.fingerprint):
+        pipeline.denoiser = denoiser
     return Evaluator(
         config.evaluator,
         pipeline,

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import PlacementError, RayDistillError
-from raydistill.models.denoiser import Cond, Packed, with_weights
+from raydistill.models.denoiser import Cond, Denoiser, Packed, with_weights
 from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.actors import get
@@ -174,6 +174,20 @@ class _PoolManager:
             self._scale(may_grow=True)
             return dict(self._replicas)
 
+    def shared(self) -> tuple[Packed, Any, PoolSpec]:
+        """The teacher without its weights, and the reference to these in the object store."""
+        with self._lock:
+            spec = self.spec()
+            assert self._args is not None
+            parts, weights, _ = self._args
+            return parts, weights, spec
+
+    def copies(self) -> int:
+        """On how many nodes the weights lie, once each; all processes of a node map the same."""
+        _, weights, _ = self.shared()
+        (where,) = ray.experimental.get_object_locations([weights]).values()
+        return len(where["node_ids"])
+
     def _watch(self) -> None:
         """Also without reports: what died is taken off the list, and a service that nobody uses shrinks."""
         while True:
@@ -319,6 +333,28 @@ def start_pool(config: RunConfig, nodes: Sequence[str] = ()) -> Any:
         ray.kill(manager)  # its name is free for a job whose teacher can be loaded
         raise
     return manager
+
+
+def shared_teacher(config: RunConfig, fingerprint: str) -> Denoiser | None:
+    """The teacher on the weights that the run's service has in the object store; None if none such runs.
+
+    The evaluator computes in fp32, so a service in another arithmetic is no substitute for a copy of its own.
+    """
+    if not config.placement.teacher_service:
+        return None
+    try:
+        manager = ray.get_actor(f"{_SERVICE}{config.placement.teacher_service}", namespace=NAMESPACE)
+    except ValueError:
+        return None
+    parts, weights, spec = get(manager.shared.remote())
+    exact = replace(
+        config,
+        teacher=replace(config.teacher, dtype="fp32"),
+        train=replace(config.train, channels_last=True, compile=False),
+    )
+    if spec.identity != teacher_identity(exact, fingerprint):
+        return None
+    return with_weights(parts.unpack(), wire.shared_weights(ray.get(weights)))
 
 
 def require_same_teacher(config: RunConfig, manager: Any, fingerprint: str) -> PoolSpec:

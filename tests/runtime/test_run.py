@@ -45,6 +45,11 @@ SMALL = [
     "checkpoint.keep=10", "placement.workers=1", "teacher.guidance_scale=2", "method.gan_weight_generator=0.03",
     "method.gan_weight_critic=0.03",
 ]  # fmt: skip
+DIGITS_JOB = ROOT / "jobs" / "dmd2_imagenet64.py"
+# under Ray every process imports what its networks need, and the digits' need no diffusers
+SMALL_DIGITS = [
+    *[text for text in SMALL if not text.startswith(("prepare.", "teacher."))], "train.log_every=1",
+]  # fmt: skip
 ROLES_APART = ["placement.mode=disaggregated", "placement.workers=2", "placement.cpus_per_worker=1"]
 CHANGES_WITH_THE_CLOCK = (
     "time/",
@@ -75,10 +80,14 @@ def settings(output_dir: Path, name: str, *more: str) -> list[str]:
     return [f"output_dir={output_dir}", f"name={name}", "placement.session=inline", *SMALL, *more]
 
 
-def job(*overrides: str, **environment: str) -> "subprocess.Popen[str]":
+def digits_settings(output_dir: Path, name: str, *more: str) -> list[str]:
+    return [f"output_dir={output_dir}", f"name={name}", *SMALL_DIGITS, *more]
+
+
+def job(*overrides: str, file: Path = JOB, **environment: str) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     return subprocess.Popen(
-        [sys.executable, str(JOB), *overrides],
+        [sys.executable, str(file), *overrides],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -121,6 +130,13 @@ def whole(output_dir: Path) -> Path:
     ):  # fmt: skip
         assert words in output
     return output_dir / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole_digits(output_dir: Path) -> Path:
+    """The undisturbed run on the digits, without Ray."""
+    finish(job(*digits_settings(output_dir, "whole_digits", "placement.session=inline"), file=DIGITS_JOB))
+    return output_dir / "whole_digits"
 
 
 LOGGED = {
@@ -218,23 +234,22 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
 
 @pytest.mark.ray
 def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
-    whole: Path, output_dir: Path
+    whole_digits: Path, output_dir: Path
 ) -> None:
-    overrides = settings(
-        output_dir, "kill_ray", "placement.session=ray", "placement.cpus_per_worker=1",
-        "evaluator.idle_priority=false",
-    )  # fmt: skip
-    process = job(*overrides)
+    overrides = digits_settings(
+        output_dir, "kill_ray", "placement.cpus_per_worker=1", "evaluator.idle_priority=false"
+    )
+    process = job(*overrides, file=DIGITS_JOB)
     folder = output_dir / "kill_ray"
     wait_for(process, lambda: 2 in Snapshots(str(folder / "snapshots"), keep=1).steps())
     process.kill()
     process.communicate()
     assert not (folder / "summary.json").exists()
-    output = finish(job(*overrides), timeout_s=400)
+    output = finish(job(*overrides, file=DIGITS_JOB), timeout_s=400)
     assert "resumed from" in output
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
     # bit for bit those of the undisturbed run without Ray
-    same_under_ray(points(folder), points(whole))
+    same_under_ray(points(folder), points(whole_digits))
     assert mlflow_steps(output_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
 
 
@@ -262,13 +277,13 @@ def mlflow_steps(output_dir: Path, name: str) -> list[int]:
 
 @pytest.mark.ray
 def test_divergence_under_ray_ends_with_one_line_that_names_the_setting_and_a_whole_replay(
-    whole: Path, output_dir: Path
+    output_dir: Path,
 ) -> None:
-    bad = settings(
-        output_dir, "diverges_under_ray", "placement.session=ray", *ROLES_APART,
+    bad = digits_settings(
+        output_dir, "diverges_under_ray", *ROLES_APART,
         "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false",
     )  # fmt: skip
-    process = job(*bad)
+    process = job(*bad, file=DIGITS_JOB)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert re.search(r"raydistill: error: .*non-finite .*\.lr, now", output)
@@ -314,14 +329,14 @@ def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> Non
 
 @pytest.mark.ray
 def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubled_or_changed(
-    whole: Path, output_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
+    whole_digits: Path, output_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
 ) -> None:
     """Roles apart on three raylets: the figures and weights are those of the undisturbed run in one process."""
     nodes, address = three_raylets
     process = job(
-        *settings(output_dir, "deaths", "placement.session=ray"),
+        *digits_settings(output_dir, "deaths"),
         *ROLES_APART, "placement.teacher_replicas=2", "evaluator.idle_priority=false",
-        RAY_ADDRESS=address,
+        file=DIGITS_JOB, RAY_ADDRESS=address,
     )  # fmt: skip
     folder = output_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
@@ -341,10 +356,10 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
     output = finish(process, timeout_s=400)
     assert "resumed from" in output
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
-    same_under_ray(points(folder), points(whole))
+    same_under_ray(points(folder), points(whole_digits))
     assert mlflow_steps(output_dir, "deaths") == [1, 2, 3, 4, 5, 6]
     newest = Snapshots(str(folder / "snapshots"), keep=1).latest()
-    reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
+    reference = Snapshots(str(whole_digits / "snapshots"), keep=1).latest()
     assert newest is not None
     assert reference is not None
     for role in ("generator", "critic"):
@@ -354,17 +369,15 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
 
 @pytest.mark.ray
 def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_sums_only(
-    whole: Path, output_dir: Path, short_folder: Path
+    whole_digits: Path, output_dir: Path, short_folder: Path
 ) -> None:
     # where Ray's workers look for a cluster unless they are told: here, one that is gone
     (short_folder / "ray").mkdir()
     (short_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
-    overrides = settings(
-        output_dir, "two_workers", "placement.session=ray", "placement.workers=0", "evaluator.enabled=false"
-    )
-    output = finish(job(*overrides, RAY_TMPDIR=str(short_folder)), timeout_s=400)
+    overrides = digits_settings(output_dir, "two_workers", "placement.workers=0", "evaluator.enabled=false")
+    output = finish(job(*overrides, file=DIGITS_JOB, RAY_TMPDIR=str(short_folder)), timeout_s=400)
     assert "PlacementGroupCleaner" not in output
-    one, two = points(whole), points(output_dir / "two_workers")
+    one, two = points(whole_digits), points(output_dir / "two_workers")
     # only the first update's losses come before Adam has divided by tiny gradients
     for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax", "sample/std"):
         assert two[name, 1] == pytest.approx(one[name, 1], rel=1e-4), name
@@ -376,8 +389,8 @@ def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_su
 
 @pytest.mark.ray
 def test_sigterm_under_ray_writes_a_snapshot_first(output_dir: Path) -> None:
-    never = ["checkpoint.every=1000", "evaluator.enabled=false", "train.generator_updates=400"]
-    process = job(*settings(output_dir, "stopped_ray", "placement.session=ray", *ROLES_APART, *never))
+    never = ["checkpoint.every=100000", "evaluator.enabled=false", "train.generator_updates=4000"]
+    process = job(*digits_settings(output_dir, "stopped_ray", *ROLES_APART, *never), file=DIGITS_JOB)
     journal = output_dir / "stopped_ray" / "metrics.jsonl"
     wait_for(process, lambda: journal.exists() and '"loss/dm"' in journal.read_text())
     process.send_signal(signal.SIGTERM)
