@@ -2,7 +2,7 @@
 
 python jobs/compare_methods.py --out comparison.json            everything, within 45 minutes on two cores
 python jobs/compare_methods.py --only sid sida --images 50000   some of it, in less
-python jobs/compare_methods.py --preset long                    the best one-step method for most of an hour
+python jobs/compare_methods.py --preset long                    the best method for longer, 20 to 30 minutes
 
 Runs go on where they stopped; figures, grids and the parent run are in MLflow (runs/mlflow.db).
 """
