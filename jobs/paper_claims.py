@@ -70,7 +70,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--claims", nargs="+", choices=RUNS, default=list(RUNS), help="of which methods")
-    parser.add_argument("--images", type=int, default=60_000, help="of each run (%(default)s)")
+    parser.add_argument("--images", type=int, default=40_000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (%(default)s)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one core each (%(default)s)")
     parser.add_argument("--runs", default="runs/claims", help="folder of the runs (%(default)s)")

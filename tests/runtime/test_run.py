@@ -49,6 +49,7 @@ DIGITS_JOB = ROOT / "jobs" / "dmd2_imagenet64.py"
 # under Ray every process imports what its networks need, and the digits' need no diffusers
 SMALL_DIGITS = [
     *[text for text in SMALL if not text.startswith(("prepare.", "teacher."))], "train.log_every=1",
+    "evaluator.threads=1",
 ]  # fmt: skip
 ROLES_APART = ["placement.mode=disaggregated", "placement.workers=2", "placement.cpus_per_worker=1"]
 CHANGES_WITH_THE_CLOCK = (
