@@ -40,6 +40,7 @@ def paper() -> RunConfig:
         "weight_decay": 0.0,  # unverified
         "warmup_steps": 0,  # unverified
         "lr_schedule": "linear",  # to 0; unverified, recalled
+        "clip_norm": 10.0,  # unverified; DMD2's
     }
     return RunConfig(
         name="moment_matching_imagenet64",

@@ -167,9 +167,10 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
             for number, settings in enumerate(trials_of(config)):
                 print(f"trial {number}: {settings}")
         return 0
-    from raydistill.runtime.local_cluster import prepare_to_join
+    from raydistill.runtime.local_cluster import address_to_join, prepare_to_join
 
-    prepare_to_join()  # before Ray is imported, which reads how to authenticate then
+    # before Ray is imported, which reads how to authenticate then
+    prepare_to_join(address_to_join() if os.environ.get("RAY_ADDRESS") else "")
 
     from raydistill.sweep.sweep import sweep
 
@@ -362,9 +363,9 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _teachers(arguments: argparse.Namespace) -> int:
-    from raydistill.runtime.local_cluster import prepare_to_join
+    from raydistill.runtime.local_cluster import address_to_join, prepare_to_join
 
-    prepare_to_join()
+    prepare_to_join(address_to_join())
 
     from raydistill.runtime.teachers import join_cluster, services, stop_service
 

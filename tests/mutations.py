@@ -187,6 +187,16 @@ MUTATIONS = [
             "(weight * (F.softplus(-real)",
             "((F.softplus(-real)",
         ),
+        (
+            "sida: discriminator learns nothing from generated samples",
+            "F.softplus(fake).mean()",
+            "F.softplus(fake.detach()).mean()",
+        ),
+        (
+            "sida: discriminator learns nothing from real samples",
+            "F.softplus(-real).mean()",
+            "F.softplus(-real.detach()).mean()",
+        ),
         ("sida: losses not halved", 'terms = {"sid": 0.5 * terms["sid"]', 'terms = {"sid": terms["sid"]'),
         (
             "lsg: generator's loss asks the critic without guidance",

@@ -39,7 +39,7 @@ DOORS = {
 }
 DISTRIBUTIONS = {"PIL": "pillow", "cleanfid": "clean-fid", "sklearn": "scikit-learn"}
 # Parts of a declared dependency's interface: its errors (aiohttp, botocore), and what it can't be without.
-COMES_WITH = {"aiohttp": "ray", "botocore": "s3fs", "torchvision": "clean-fid"}
+COMES_WITH = {"aiohttp": "ray", "grpc": "ray", "botocore": "s3fs", "torchvision": "clean-fid"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

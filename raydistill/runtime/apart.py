@@ -407,6 +407,7 @@ class CriticRank(CriticSide):
         started_from = torch.cat([x0 for x0 in sources if x0 is not None]) if from_real else None
         cond = Cond.cat([these.cond for these in prompts])
         first = int(prompts[0].positions[0])
+        # until the backward passes: checkpointed activations are computed again in them, as the first time
         with frozen_weights(self.critic.critic):
             for _, group in groupby(self._wired.pieces, key=lambda piece: piece.micro):
                 served = []

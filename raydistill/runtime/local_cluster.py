@@ -279,11 +279,38 @@ def _start(state_file: Path) -> Head:
     return dataclasses.replace(head, started_now=True)
 
 
-def prepare_to_join() -> None:
-    """Let this process join a head on 127.0.0.1, and one that wants the token; ray reads this when it is imported."""
+def address_to_join() -> str:
+    """Of the cluster that RAY_ADDRESS names, else of the head that was started last on this machine; may be empty."""
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address != "auto":
+        return address
+    remembered = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return remembered.read_text().strip() if remembered.is_file() else ""
+
+
+def prepare_to_join(address: str = "") -> None:
+    """Let this process join the cluster at host:port, or start one; ray reads this when it is imported.
+
+    Whoever sends a token asks for one as well: with a token at hand a cluster without authentication could be joined,
+    but could not answer, and would take this process for dead.
+    """
     os.environ.setdefault(*_LOOPBACK)
-    if auth_headers():
+    if auth_headers() and not _takes_anybody(address):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _takes_anybody(address: str) -> bool:
+    """Whether the head there answers without a token; False also where none answers."""
+    if not address or "://" in address:
+        return False
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=_PROBE_TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def _head_environment() -> dict[str, str]:

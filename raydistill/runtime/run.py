@@ -21,7 +21,7 @@ from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
-from raydistill.runtime.local_cluster import free_ports, prepare_to_join
+from raydistill.runtime.local_cluster import address_to_join, free_ports, prepare_to_join
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop
 from raydistill.runtime.settings import RunConfig, validate
@@ -170,7 +170,7 @@ def _run_inline(config: RunConfig) -> None:
 
 
 def _run_on_ray(config: RunConfig) -> None:
-    prepare_to_join()
+    prepare_to_join(address_to_join() if os.environ.get("RAY_ADDRESS") else "")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: the evaluator could not give way then
     import ray

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +29,7 @@ from raydistill.roles.teacher import KeptGraphs, TeacherScorer
 from raydistill.runtime import wire
 from raydistill.runtime.actors import get
 from raydistill.runtime.build import build_pipeline, pick_device, tuned_teacher
+from raydistill.runtime.local_cluster import address_to_join
 from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
 
 log = logging.getLogger(__name__)
@@ -377,10 +376,7 @@ def join_cluster() -> None:
 
     Ray itself would wait for minutes for a head that is gone.
     """
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if address == "auto":
-        remembered = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-        address = remembered.read_text().strip() if remembered.is_file() else ""
+    address = address_to_join()
     try:
         if "://" not in address:
             host, _, port = address.rpartition(":")

@@ -338,6 +338,7 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
         *digits_settings(output_dir, "deaths"),
         *ROLES_APART, "placement.teacher_replicas=2", "evaluator.idle_priority=false",
         file=DIGITS_JOB, RAY_ADDRESS=address,
+        RAY_AUTH_TOKEN="f" * 64,  # of a cluster that asks for one, as this one does not
     )  # fmt: skip
     folder = output_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
