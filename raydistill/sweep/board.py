@@ -45,6 +45,8 @@ class Board:
 
     config: SweepConfig
     rows: dict[str, Row] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the trials have in common, without secrets."""
     teacher_copies: int | None = None
     resumed: int = 0
     """How often the sweep was resumed."""
@@ -86,6 +88,7 @@ class Board:
             "metric": self.config.figure,
             "mode": self.config.mode,
             "search": self.config.search,
+            "settings": self.settings,
             "trials": [asdict(row) for row in self.rows.values()],
             "teacher_copies": self.teacher_copies,
             "resumed": self.resumed,
@@ -137,7 +140,8 @@ def read(file: Path, config: SweepConfig) -> Board:
     try:
         kept = json.loads(file.read_text())
         rows = {entry["name"]: Row(**entry) for entry in kept["trials"]}
-        was, copies, resumed = (kept["metric"], kept["search"]), kept["teacher_copies"], kept["resumed"]
+        was, settings = (kept["metric"], kept["search"]), kept["settings"]
+        copies, resumed = kept["teacher_copies"], kept["resumed"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is no sweep's record ({type(error).__name__}: {error})") from None
     if was != (config.figure, config.search):
@@ -145,7 +149,7 @@ def read(file: Path, config: SweepConfig) -> Board:
             f"{file} is of a sweep with metric {was[0]} and search {was[1]}, this one has {config.figure} and "
             f"{config.search}: give the same, or another name="
         )
-    return Board(config, rows, copies, resumed + 1)
+    return Board(config, rows, settings, copies, resumed + 1)
 
 
 def _short(names: Sequence[str]) -> Mapping[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -28,10 +30,13 @@ class Range:
     high: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("uniform", "loguniform", "randint") or not self.low < self.high:
+        finite = math.isfinite(self.low) and math.isfinite(self.high)
+        if self.kind not in ("uniform", "loguniform", "randint") or not (finite and self.low < self.high):
             raise ConfigError(f"{self} is no range: uniform, loguniform or randint with LOW below HIGH")
         if self.kind == "loguniform" and self.low <= 0:
             raise ConfigError(f"{self}: LOW must be above 0")
+        if self.kind == "randint" and (self.low % 1 or self.high % 1):
+            raise ConfigError(f"{self}: LOW and HIGH must be whole numbers")
 
     def __str__(self) -> str:
         return f"{self.kind}({self.low:g},{self.high:g})"
@@ -40,6 +45,9 @@ class Range:
 Values = Sequence[Any] | Range
 """What a setting takes: one of these values, or a number of a range."""
 _RANGE = re.compile(r"(uniform|loguniform|randint)\(([^,()]+),([^,()]+)\)")
+_FIXED = (
+    "name", "output_dir", "resume", "train.generator_updates", "evaluator.", "checkpoint.", "placement.", "tracking.",
+)  # fmt: skip
 _SHARED = ("teacher.guidance_scale", "teacher.preflight")
 """Of the teacher's settings those that trials of one teacher may differ in; the scale travels with the query."""
 
@@ -88,8 +96,18 @@ class SweepConfig:
         return "max" if "accuracy" in self.figure else "min"
 
     @property
+    def own_service(self) -> str:
+        """The name of the teacher service that ends with the sweep."""
+        return own_service(self.run)
+
+    @property
     def grace(self) -> int:
         return self.grace_updates or self.run.evaluator.every
+
+
+def own_service(run: RunConfig) -> str:
+    """Its folder is part of the name: sweeps of one name may run on one cluster."""
+    return f"sweep-{run.name}-{hashlib.sha256(run.run_dir.encode()).hexdigest()[:8]}"
 
 
 def figures(run: RunConfig) -> list[str]:
@@ -140,6 +158,7 @@ def checked(config: SweepConfig) -> SweepConfig:
 
     Raises ConfigError or PlacementError for what can't work, before anything is started.
     """
+    from raydistill.runtime.build import denoiser_on_meta, method_for
     from raydistill.runtime.run import resolve
 
     run = resolve(config.run)
@@ -154,19 +173,28 @@ def checked(config: SweepConfig) -> SweepConfig:
     placement = run.placement
     if config.share_teacher:
         mode: Any = "teachers" if placement.mode == "colocated" else placement.mode
-        service = placement.teacher_service or run.name
+        service = placement.teacher_service or own_service(run)
         placement = replace(placement, mode=mode, teacher_service=service)
-    run = replace(run, placement=placement)
-    validate(run)
-    return replace(config, run=run, space=space)
+    run = replace(run, placement=placement, resume=True)
+    config = replace(config, run=run, space=space)
+    if config.search != "optuna":  # whose combinations are not known yet
+        schedule = None
+        for number, settings in enumerate(trials_of(config)):
+            trial = trial_config(run, settings, f"{run.name}-{number:03d}")
+            validate(trial)
+            if schedule is None or config.space.keys() & {"teacher.path", "teacher.prediction"}:
+                schedule = denoiser_on_meta(trial)[0].schedule
+            method_for(trial, schedule)
+    return config
 
 
 def _check_search(config: SweepConfig, run: RunConfig) -> None:
     if not config.space:
         raise ConfigError("a sweep needs something to vary: --over NAME=VALUE,VALUE")
-    if named := {"name", "output_dir", "resume"} & config.space.keys():
+    if fixed := [name for name in config.space if name.startswith(_FIXED)]:
         raise ConfigError(
-            f"{', '.join(sorted(named))} can't be varied: a sweep names and resumes its trials itself"
+            f"{', '.join(fixed)} can't be varied: trials are compared by one evaluator at the same updates, and "
+            "a sweep names, places and records them itself"
         )
     if not run.evaluator.enabled:
         raise ConfigError("evaluator.enabled=false: a sweep judges its trials by the evaluator's figures")
@@ -183,7 +211,7 @@ def _check_search(config: SweepConfig, run: RunConfig) -> None:
     ):
         if value < least:
             raise ConfigError(f"--{name} {value} must be at least {least}")
-    if config.reduction_factor <= 1:
+    if not 1 < config.reduction_factor < math.inf:
         raise ConfigError(f"--reduction-factor {config.reduction_factor:g} must be above 1")
 
 

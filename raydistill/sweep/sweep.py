@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -19,20 +22,33 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.checkpoint import Snapshots
-from raydistill.config import to_dict
+from raydistill.config import flatten, to_dict
 from raydistill.errors import ConfigError, PlacementError, RayDistillError, TrainingError
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.room import check_room
 from raydistill.runtime.run import InterruptedRunError, connect
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.session import request_stop
+from raydistill.runtime.settings import RunConfig, without_secret_settings
 from raydistill.runtime.summary import export_snapshot
 from raydistill.runtime.teachers import start_pool, stop_service
 from raydistill.sweep.board import ENDED, FILE, Board, State, read
 from raydistill.sweep.config import Range, SweepConfig, checked, trial_config, trials_of
 from raydistill.sweep.trial import KEY, STEP, Order, Trial
-from raydistill.tracking import Tracker, journal_is_held, previous_run_id
+from raydistill.tracking import Tracker, journal_is_held, previous_run_id, without_secrets
 
 log = logging.getLogger(__name__)
+
+_STOP_S = 120.0
+_MAY_DIFFER = (
+    "output_dir",
+    "tracking.",
+    "placement.",
+    "data.cache_dir",
+    "data.num_workers",
+    "prepare.",
+    "train.log_every",
+)
+"""Settings that a resumed sweep may give otherwise."""
 
 
 def sweep(config: SweepConfig, *, resume: bool = False) -> Board:
@@ -51,7 +67,8 @@ def sweep(config: SweepConfig, *, resume: bool = False) -> Board:
     if mine:
         connect(quiet=True)
     try:
-        config = _with_places(config, len(board.rows) or config.num_trials)
+        trials = config.num_trials if config.search == "optuna" else len(board.rows)
+        config = _with_places(config, trials)
         board.config = config
         prepare_builtin(config.run)
         prepare_shards(config.run)
@@ -74,6 +91,17 @@ def _board(config: SweepConfig, resume: bool) -> Board:
     if resume and not file.is_file():
         raise ConfigError(f"--resume: there is no {file}; without it the sweep begins")
     board = read(file, config) if resume else Board(config)
+    now = flatten(without_secret_settings(config.run))
+    board.settings = board.settings or now
+    changed = [
+        f"{name}: {board.settings.get(name)} then, {value} now"
+        for name, value in now.items()
+        if board.settings.get(name) != value and not name.startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{file} is of a sweep with other settings ({'; '.join(changed[:5])}): give the same, or another name="
+        )
     if config.search != "optuna":
         for number, settings in enumerate(trials_of(config)):
             row = board.row(_name(config, number), settings)
@@ -137,7 +165,7 @@ def _on_ray(board: Board) -> Board:
             tracking = replace(config.run.tracking, parent_run_id=parent.run_id)
             config = board.config = replace(config, run=replace(config.run, tracking=tracking))
         board.save()
-        with _teacher_service(board), _sigterm_interrupts():
+        with _sigterm_stops(board), _teacher_service(board):
             _tune(board)
         unfinished = [row.name for row in board.rows.values() if row.state in ("pending", "running")]
         if unfinished:
@@ -165,21 +193,46 @@ def _teacher_service(board: Board) -> Iterator[None]:
     if not board.config.share_teacher or not service:
         yield
         return
-    manager = start_pool(board.config.run)
     try:
+        manager = start_pool(board.config.run)
         yield
         board.teacher_copies = ray.get(manager.copies.remote())
     finally:
-        stop_service(service)
+        if service == board.config.own_service:
+            with contextlib.suppress(PlacementError):  # none was started
+                stop_service(service)
+
+
+def _ask_to_stop(run_dir: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # it has not begun
+        request_stop(run_dir)
+
+
+def _stop_and_wait(run_dir: str) -> None:
+    """Until the run has written its snapshot and closed its tracker; Tune itself would kill it after ten seconds."""
+    until = time.monotonic() + _STOP_S
+    _ask_to_stop(run_dir)
+    while journal_is_held(run_dir) and time.monotonic() < until:
+        pass  # the question itself waits
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does: trials write snapshots."""
+def _sigterm_stops(board: Board) -> Iterator[None]:
+    """SIGTERM ends the sweep once its trials have written snapshots; Ctrl-C, which is Tune's, does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: os.kill(os.getpid(), signal.SIGINT))
+
+    def stop(signum: int, frame: object) -> None:
+        os.write(2, b"raydistill: SIGTERM: the trials write their snapshots\n")
+        running = [row.run_dir for row in board.rows.values() if row.state == "running"]
+        for run_dir in running:
+            _ask_to_stop(run_dir)
+        for run_dir in running:
+            _stop_and_wait(run_dir)
+        os.kill(os.getpid(), signal.SIGINT)  # Tune ends by that
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
@@ -237,10 +290,13 @@ class _Numbered(Searcher):
     def __init__(self, config: SweepConfig, orders: list[dict[str, Any]]):
         super().__init__(metric=config.figure, mode=config.mode)
         self._config, self._orders, self._number = config, list(orders), 0
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = [order["settings"] for order in orders]
         self._inner = OptunaSearch(
             {name: _domain(values) for name, values in config.space.items()},
-            metric=config.figure, mode=config.mode, seed=config.run.seed, points_to_evaluate=known or None,
+            metric=config.figure, mode=config.mode, 
+            # points of an earlier start draw nothing: with the same seed the new ones would be theirs again
+            seed=config.run.seed + len(known), points_to_evaluate=known or None,
         )  # fmt: skip
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -289,8 +345,6 @@ class _Watcher(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        order = trial.config[KEY]
-        self._board.row(order["name"], order["settings"])
         self._tell(trial, "running")
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -299,16 +353,22 @@ class _Watcher(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         total = self._board.config.run.train.generator_updates
         reached = (trial.last_result or {}).get(STEP, 0)
+        order = trial.config[KEY]
+        if reached < total and not order["ended"]:
+            _stop_and_wait(self._board.row(order["name"], order["settings"]).run_dir)
         self._tell(trial, "finished" if reached >= total else "stopped")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error()
         cause = getattr(error, "cause", None) or error
         interrupted = isinstance(cause, InterruptedRunError)
-        self._tell(trial, "pending" if interrupted else "failed", " ".join(str(cause).split())[:500])
+        self._tell(
+            trial, "pending" if interrupted else "failed", without_secrets(" ".join(str(cause).split())[:500])
+        )
 
     def _tell(self, trial: Any, state: State, error: str | None = None) -> None:
         order = trial.config[KEY]
+        self._board.row(order["name"], order["settings"])
         if not order["ended"]:
             self._board.update(order["name"], state, error)
 

@@ -34,7 +34,18 @@ def test_a_space_is_read_from_text() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a", "a=", "=1,2", "a=[1,2", "a=uniform(4,1)", "a=uniform(1,1)", "a=loguniform(0,1)", "a=uniform(x,1)"],
+    [
+        "a",
+        "a=",
+        "=1,2",
+        "a=[1,2",
+        "a=uniform(4,1)",
+        "a=uniform(1,1)",
+        "a=loguniform(0,1)",
+        "a=uniform(x,1)",
+        "a=uniform(1,inf)",
+        "a=randint(0.5,2)",
+    ],
 )
 def test_what_is_no_space_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be NAME=VALUE,VALUE or"):
@@ -81,7 +92,7 @@ def test_a_range_of_logarithms_is_even_in_them() -> None:
 
 def test_trials_share_a_teacher_service_unless_told_otherwise() -> None:
     placement = checked(CONFIG).run.placement
-    assert (placement.mode, placement.teacher_service) == ("teachers", CONFIG.name)
+    assert (placement.mode, placement.teacher_service) == ("teachers", checked(CONFIG).own_service)
     placement = checked(replace(CONFIG, share_teacher=False)).run.placement
     assert (placement.mode, placement.teacher_service) == ("colocated", None)
 
@@ -102,7 +113,7 @@ def test_the_metric_is_toyfid_and_accuracy_is_to_rise() -> None:
         ),
         (lambda c: replace(c, space={"generator.lr": [1e-4, "fast"]}), "generator.lr=fast is refused"),
         (lambda c: replace(c, space={"generator": [1]}), "names a section"),
-        (lambda c: replace(c, space={"name": ["a", "b"]}), "name can't be varied"),
+        (lambda c: replace(c, space={"tracking.uri": ["a", "b"]}), "tracking.uri can't be varied"),
         (lambda c: replace(c, space={"method.alpha": [1.2, 7]}), "method.alpha=7.0 must lie in -1 to 2"),
         (lambda c: replace(c, space={"train.batch_size": [0]}), "train.batch_size=0 must be at least 1"),
         (
