@@ -63,6 +63,14 @@ def main() -> int:
         )
         for config in configs
     ]
+    out = arguments.out or Path(arguments.runs) / name / "comparison.json"
+    if out.suffix != ".json":
+        parser.error(f"--out {out} must end in .json; the plot is written beside it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+    except OSError as error:
+        parser.error(f"--out {out} can't be written: {error.strerror}")
     try:
         summaries, parent = compare(name, configs, at_once=arguments.at_once)
     except RayDistillError as error:
@@ -70,8 +78,6 @@ def main() -> int:
         return 2
     rows = [row(summary) for summary in summaries]
     print(table(rows))
-    out = arguments.out or Path(arguments.runs) / name / "comparison.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"rows": rows, "runs": arguments.runs}, indent=1) + "\n")
     picture = out.with_suffix(".png")
     picture.write_bytes(plot_png(rows, "handwritten digits, equal budgets of generated images"))

@@ -78,6 +78,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if min(arguments.images, arguments.seeds, arguments.at_once) < 1:
         parser.error("--images, --seeds and --at-once must be at least 1")
+    if arguments.out:
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.touch()
+        except OSError as error:
+            parser.error(f"--out {arguments.out} can't be written: {error.strerror}")
     configs = [
         replace(
             make(arguments.images),

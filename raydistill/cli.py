@@ -133,6 +133,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from raydistill.sweep.config import SweepConfig
 
     recipe, presets = load_job(arguments.job)
+    made: object = recipe() if arguments.preset is None else None
+    if isinstance(made, SweepConfig):
+        return _run_sweep(made, arguments)
     run = _configured(recipe, presets, arguments)
     run = replace(run, name=f"sweep_{run.name}")
     return _run_sweep(SweepConfig(run=run, space={}), arguments)
@@ -188,12 +191,16 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
 
 def _configured(recipe: Recipe, presets: Mapping[str, Recipe], arguments: argparse.Namespace) -> "RunConfig":
     from raydistill.config import apply_overrides
+    from raydistill.sweep.config import SweepConfig
 
     if arguments.preset is not None and arguments.preset not in presets:
         known = ", ".join(presets) or "none, this job has no presets"
         raise ConfigError(f"--preset {arguments.preset!r} is unknown; valid: {known}")
     chosen = recipe if arguments.preset is None else presets[arguments.preset]
-    return apply_overrides(chosen(), arguments.overrides)
+    made: RunConfig | SweepConfig = chosen()
+    if isinstance(made, SweepConfig):
+        raise ConfigError("this is a sweep's job file: start it with python, or with raydistill sweep")
+    return apply_overrides(made, arguments.overrides)
 
 
 def _checked(config: "RunConfig") -> "RunConfig":
@@ -231,6 +238,7 @@ def load_job(name: str) -> tuple[Recipe, Mapping[str, Recipe]]:
         raise ConfigError(f"{path} is no job file: its name does not end in .py")
     # Registered, because dataclasses find the names in their annotations through sys.modules.
     job = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # as for python JOB, which may import its neighbours
     spec.loader.exec_module(job)
     if not callable(getattr(job, "recipe", None)):
         raise ConfigError(f"{path} is no job file: it defines no function `recipe` that returns a RunConfig")
