@@ -24,13 +24,14 @@ from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.instant_critic import InstantCriticTrainer
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.roles.world import World
-from raydistill.runtime.settings import RunConfig, TrainConfig, teacher_folder
+from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig, teacher_folder
 
 
 def build_pipeline(config: RunConfig) -> Pipeline:
     """The teacher's pipeline, frozen, in fp32, on the CPU."""
     teacher = config.teacher
     if is_edm(teacher_folder(teacher)):
+        _require_own_prediction(teacher)
         return load_edm_pipeline(teacher_folder(teacher))
     return diffusers_hub.load_pipeline(
         teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision
@@ -45,8 +46,17 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
     teacher = config.teacher
     path = teacher_folder(teacher)
     if is_edm(path):
+        _require_own_prediction(teacher)
         return edm_on_meta(path)
     return diffusers_hub.denoiser_on_meta(path, teacher.prediction, teacher.revision)
+
+
+def _require_own_prediction(teacher: TeacherConfig) -> None:
+    if teacher.prediction != "auto":
+        raise ConfigError(
+            f"teacher.prediction={teacher.prediction}: what the EDM network teacher.path={teacher.path!r} predicts is "
+            "part of its preconditioning; it must be auto"
+        )
 
 
 def build_method(config: RunConfig, pipeline: Pipeline) -> Method:

@@ -138,6 +138,7 @@ def test_a_dry_run_refuses_what_the_run_would_and_executes_nothing(tmp_path: Pat
         ),
         (apart, "placement.max_staleness=1 needs a method whose generator goes first; method.kind=sid"),
         (["teacher.guidance_scale=2"], "teacher.guidance_scale=2 needs an unconditional half"),
+        (["teacher.prediction=epsilon"], "teacher.prediction=epsilon: what the EDM network"),
     ):
         done = subprocess.run(
             [sys.executable, "jobs/sid_cifar10.py", "--dry-run", f"output_dir={tmp_path / 'o'}", *overrides],
