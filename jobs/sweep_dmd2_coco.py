@@ -1,6 +1,6 @@
 """A sweep of DMD2 over critic update ratio and guidance scale, on one shared teacher.
 
-python jobs/sweep_dmd2_coco.py                          the embedded teacher and data, within 20 minutes on two cores
+python jobs/sweep_dmd2_coco.py                          the embedded teacher and data
 python jobs/sweep_dmd2_coco.py --resume                 go on after an interruption
 python jobs/sweep_dmd2_coco.py --over method.critic_updates_per_generator=2,5 --over teacher.guidance_scale=1.5,3
 python jobs/sweep_dmd2_coco.py --search optuna --num-trials 12 --over "generator.lr=loguniform(1e-5,1e-3)"
