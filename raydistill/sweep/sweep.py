@@ -245,7 +245,7 @@ def _tune(board: Board) -> None:
     orders = [asdict(Order(name, row.settings, ended=name in ended)) for name, row in board.rows.items()]
     if config.search == "optuna":
         space: dict[str, Any] = {}
-        search: Searcher | None = _Numbered(config, orders)
+        search: Searcher | None = NumberedSearch(config, orders)
         count = config.num_trials
     else:
         space, search, count = {KEY: tune.grid_search(orders)}, None, 1
@@ -284,7 +284,7 @@ def _scheduler(config: SweepConfig) -> TrialScheduler:
     )
 
 
-class _Numbered(Searcher):
+class NumberedSearch(Searcher):
     """Optuna's suggestions as orders: those of an interrupted sweep first, then new ones."""
 
     def __init__(self, config: SweepConfig, orders: list[dict[str, Any]]):
@@ -293,7 +293,7 @@ class _Numbered(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = [order["settings"] for order in orders]
         self._inner = OptunaSearch(
-            {name: _domain(values) for name, values in config.space.items()},
+            OptunaSearch.convert_search_space({name: _domain(v) for name, v in config.space.items()}),
             metric=config.figure, mode=config.mode, 
             # points of an earlier start draw nothing: with the same seed the new ones would be theirs again
             seed=config.run.seed + len(known), points_to_evaluate=known or None,

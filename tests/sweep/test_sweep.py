@@ -14,10 +14,13 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray.tune.search import Searcher
 
 from raydistill.runtime import digits
 from raydistill.sweep.board import Board, Row
-from raydistill.sweep.config import SweepConfig
+from raydistill.sweep.config import Range, SweepConfig, checked
+from raydistill.sweep.sweep import NumberedSearch
+from raydistill.sweep.trial import KEY
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "sid_cifar10.py")
@@ -122,6 +125,24 @@ def test_a_sweep_that_is_killed_goes_on_and_keeps_what_is_done(tmp_path: Path) -
         alone, cwd=tmp_path, env=env | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=200
     )
     assert losses(runs / "alone") == losses(runs / "sweep-002")
+
+
+def test_optunas_suggestions_go_on_where_an_interrupted_sweep_ended() -> None:
+    space = {"generator.lr": Range("loguniform", 1e-5, 1e-3), "method.alpha": [1.0, 1.2]}
+    config = checked(SweepConfig(run=digits.sid(), space=space, search="optuna", num_trials=4))
+
+    def suggested(search: Searcher, trials: int) -> list[dict[str, Any]]:
+        return [(search.suggest(f"t{n}") or {})[KEY] for n in range(trials)]
+
+    first = suggested(NumberedSearch(config, []), 3)
+    assert [order["name"] for order in first] == ["sid_digits-000", "sid_digits-001", "sid_digits-002"]
+    assert all(1e-5 <= order["settings"]["generator.lr"] <= 1e-3 for order in first)
+    ended = [{**order, "ended": True} for order in first[:2]]
+    again = suggested(NumberedSearch(config, ended), 4)
+    assert again[:2] == ended
+    assert [order["name"] for order in again[2:]] == ["sid_digits-002", "sid_digits-003"]
+    rates = [order["settings"]["generator.lr"] for order in again]
+    assert len(set(rates)) == 4
 
 
 def test_the_table_marks_the_best_and_a_failed_trial_is_never_it(tmp_path: Path) -> None:
