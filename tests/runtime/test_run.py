@@ -81,8 +81,8 @@ def settings(output_dir: Path, name: str, *more: str) -> list[str]:
     return [f"output_dir={output_dir}", f"name={name}", "placement.session=inline", *SMALL, *more]
 
 
-def digits_settings(output_dir: Path, name: str, *more: str) -> list[str]:
-    return [f"output_dir={output_dir}", f"name={name}", *SMALL_DIGITS, *more]
+def digits_settings(digits_dir: Path, name: str, *more: str) -> list[str]:
+    return [f"output_dir={digits_dir}", f"name={name}", *SMALL_DIGITS, *more]
 
 
 def job(*overrides: str, file: Path = JOB, **environment: str) -> "subprocess.Popen[str]":
@@ -134,10 +134,16 @@ def whole(output_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_digits(output_dir: Path) -> Path:
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Apart from the scenes' runs: other tests look for the only data set beside these."""
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def whole_digits(digits_dir: Path) -> Path:
     """The undisturbed run on the digits, without Ray."""
-    finish(job(*digits_settings(output_dir, "whole_digits", "placement.session=inline"), file=DIGITS_JOB))
-    return output_dir / "whole_digits"
+    finish(job(*digits_settings(digits_dir, "whole_digits", "placement.session=inline"), file=DIGITS_JOB))
+    return digits_dir / "whole_digits"
 
 
 LOGGED = {
@@ -235,13 +241,13 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
 
 @pytest.mark.ray
 def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
-    whole_digits: Path, output_dir: Path
+    whole_digits: Path, digits_dir: Path
 ) -> None:
     overrides = digits_settings(
-        output_dir, "kill_ray", "placement.cpus_per_worker=1", "evaluator.idle_priority=false"
+        digits_dir, "kill_ray", "placement.cpus_per_worker=1", "evaluator.idle_priority=false"
     )
     process = job(*overrides, file=DIGITS_JOB)
-    folder = output_dir / "kill_ray"
+    folder = digits_dir / "kill_ray"
     wait_for(process, lambda: 2 in Snapshots(str(folder / "snapshots"), keep=1).steps())
     process.kill()
     process.communicate()
@@ -251,7 +257,7 @@ def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
     # bit for bit those of the undisturbed run without Ray
     same_under_ray(points(folder), points(whole_digits))
-    assert mlflow_steps(output_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
+    assert mlflow_steps(digits_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
 
 
 def same_under_ray(found: dict[tuple[str, int], float], expected: dict[tuple[str, int], float]) -> None:
@@ -278,17 +284,17 @@ def mlflow_steps(output_dir: Path, name: str) -> list[int]:
 
 @pytest.mark.ray
 def test_divergence_under_ray_ends_with_one_line_that_names_the_setting_and_a_whole_replay(
-    output_dir: Path,
+    digits_dir: Path,
 ) -> None:
     bad = digits_settings(
-        output_dir, "diverges_under_ray", *ROLES_APART,
+        digits_dir, "diverges_under_ray", *ROLES_APART,
         "generator.lr=1e30", "generator.warmup_steps=0", "evaluator.enabled=false",
     )  # fmt: skip
     process = job(*bad, file=DIGITS_JOB)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert re.search(r"raydistill: error: .*non-finite .*\.lr, now", output)
-    replays = list((output_dir / "diverges_under_ray" / "replay").iterdir())  # of the role that failed first
+    replays = list((digits_dir / "diverges_under_ray" / "replay").iterdir())  # of the role that failed first
     assert replays
     for folder in replays:
         assert Snapshots(str(folder), keep=1).latest() is not None
@@ -330,19 +336,20 @@ def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> Non
 
 @pytest.mark.ray
 def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubled_or_changed(
-    whole_digits: Path, output_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
+    whole_digits: Path, digits_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
 ) -> None:
     """Roles apart on three raylets: the figures and weights are those of the undisturbed run in one process."""
     nodes, address = three_raylets
     process = job(
-        *digits_settings(output_dir, "deaths"),
+        *digits_settings(digits_dir, "deaths"),
         *ROLES_APART, "placement.teacher_replicas=2", "evaluator.idle_priority=false",
         file=DIGITS_JOB, RAY_ADDRESS=address,
         RAY_AUTH_TOKEN="f" * 64,  # of a cluster that asks for one, as this one does not
     )  # fmt: skip
-    folder = output_dir / "deaths"
+    folder = digits_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
     wait_for(process, lambda: 0 in snapshots.steps())
+    assert process.poll() is None, process.communicate()[0]
     raylet = next(
         child.parent()
         for child in psutil.Process(nodes.pid).children(recursive=True)
@@ -359,7 +366,7 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
     assert "resumed from" in output
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
     same_under_ray(points(folder), points(whole_digits))
-    assert mlflow_steps(output_dir, "deaths") == [1, 2, 3, 4, 5, 6]
+    assert mlflow_steps(digits_dir, "deaths") == [1, 2, 3, 4, 5, 6]
     newest = Snapshots(str(folder / "snapshots"), keep=1).latest()
     reference = Snapshots(str(whole_digits / "snapshots"), keep=1).latest()
     assert newest is not None
@@ -371,35 +378,35 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
 
 @pytest.mark.ray
 def test_two_workers_under_ray_train_draw_the_same_and_differ_by_the_order_of_sums_only(
-    whole_digits: Path, output_dir: Path, short_folder: Path
+    whole_digits: Path, digits_dir: Path, short_folder: Path
 ) -> None:
     # where Ray's workers look for a cluster unless they are told: here, one that is gone
     (short_folder / "ray").mkdir()
     (short_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
-    overrides = digits_settings(output_dir, "two_workers", "placement.workers=0", "evaluator.enabled=false")
+    overrides = digits_settings(digits_dir, "two_workers", "placement.workers=0", "evaluator.enabled=false")
     output = finish(job(*overrides, file=DIGITS_JOB, RAY_TMPDIR=str(short_folder)), timeout_s=400)
     assert "PlacementGroupCleaner" not in output
-    one, two = points(whole_digits), points(output_dir / "two_workers")
+    one, two = points(whole_digits), points(digits_dir / "two_workers")
     # only the first update's losses come before Adam has divided by tiny gradients
     for name in ("loss/dm", "loss/gan_generator", "grad_norm/dm", "sample/absmax", "sample/std"):
         assert two[name, 1] == pytest.approx(one[name, 1], rel=1e-4), name
     assert two["loss/dm", 6] == pytest.approx(one["loss/dm", 6], rel=0.1)
-    manifest = Snapshots(str(output_dir / "two_workers" / "snapshots"), keep=1).latest()
+    manifest = Snapshots(str(digits_dir / "two_workers" / "snapshots"), keep=1).latest()
     assert manifest is not None
     assert manifest.manifest["world_size"] == 2
 
 
 @pytest.mark.ray
-def test_sigterm_under_ray_writes_a_snapshot_first(output_dir: Path) -> None:
+def test_sigterm_under_ray_writes_a_snapshot_first(digits_dir: Path) -> None:
     never = ["checkpoint.every=100000", "evaluator.enabled=false", "train.generator_updates=4000"]
-    process = job(*digits_settings(output_dir, "stopped_ray", *ROLES_APART, *never), file=DIGITS_JOB)
-    journal = output_dir / "stopped_ray" / "metrics.jsonl"
+    process = job(*digits_settings(digits_dir, "stopped_ray", *ROLES_APART, *never), file=DIGITS_JOB)
+    journal = digits_dir / "stopped_ray" / "metrics.jsonl"
     wait_for(process, lambda: journal.exists() and '"loss/dm"' in journal.read_text())
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "the same command goes on from its snapshot" in output
-    snapshots = Snapshots(str(output_dir / "stopped_ray" / "snapshots"), keep=1)
+    snapshots = Snapshots(str(digits_dir / "stopped_ray" / "snapshots"), keep=1)
     assert snapshots.steps()[-1] > 0
     newest = snapshots.latest()
     assert newest is not None

