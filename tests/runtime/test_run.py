@@ -49,7 +49,6 @@ DIGITS_JOB = ROOT / "jobs" / "dmd2_imagenet64.py"
 # under Ray every process imports what its networks need, and the digits' need no diffusers
 SMALL_DIGITS = [
     *[text for text in SMALL if not text.startswith(("prepare.", "teacher."))], "train.log_every=1",
-    "evaluator.threads=1",
 ]  # fmt: skip
 ROLES_APART = ["placement.mode=disaggregated", "placement.workers=2", "placement.cpus_per_worker=1"]
 CHANGES_WITH_THE_CLOCK = (
@@ -86,7 +85,9 @@ def digits_settings(digits_dir: Path, name: str, *more: str) -> list[str]:
 
 
 def job(*overrides: str, file: Path = JOB, **environment: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    # a test in this process that joined a cluster has left how it did
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     return subprocess.Popen(
         [sys.executable, str(file), *overrides],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -241,23 +242,24 @@ def test_sigterm_writes_a_snapshot_and_the_same_command_goes_on(whole: Path, out
 
 @pytest.mark.ray
 def test_driver_killed_under_ray_and_started_again_repeats_every_figure(
-    whole_digits: Path, digits_dir: Path
+    whole: Path, output_dir: Path
 ) -> None:
-    overrides = digits_settings(
-        digits_dir, "kill_ray", "placement.cpus_per_worker=1", "evaluator.idle_priority=false"
-    )
-    process = job(*overrides, file=DIGITS_JOB)
-    folder = digits_dir / "kill_ray"
+    overrides = settings(
+        output_dir, "kill_ray", "placement.session=ray", "placement.cpus_per_worker=1",
+        "evaluator.idle_priority=false",
+    )  # fmt: skip
+    process = job(*overrides)
+    folder = output_dir / "kill_ray"
     wait_for(process, lambda: 2 in Snapshots(str(folder / "snapshots"), keep=1).steps())
     process.kill()
     process.communicate()
     assert not (folder / "summary.json").exists()
-    output = finish(job(*overrides, file=DIGITS_JOB), timeout_s=400)
+    output = finish(job(*overrides), timeout_s=400)
     assert "resumed from" in output
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
     # bit for bit those of the undisturbed run without Ray
-    same_under_ray(points(folder), points(whole_digits))
-    assert mlflow_steps(digits_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
+    same_under_ray(points(folder), points(whole))
+    assert mlflow_steps(output_dir, "kill_ray") == [1, 2, 3, 4, 5, 6]
 
 
 def same_under_ray(found: dict[tuple[str, int], float], expected: dict[tuple[str, int], float]) -> None:
@@ -318,7 +320,8 @@ def three_raylets() -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """A cluster of three raylets, the head without CPUs; its process and its address."""
     nodes = subprocess.Popen(
         [sys.executable, str(ROOT / "cluster" / "local_nodes.py"), "--nodes", "3", "--cpus", "2"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}, text=True,
+        stdout=subprocess.PIPE,
     )  # fmt: skip
     assert nodes.stdout is not None
     address = re.search(r"RAY_ADDRESS=(\S+)", nodes.stdout.readline())
@@ -336,17 +339,17 @@ def wait_for(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> Non
 
 @pytest.mark.ray
 def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubled_or_changed(
-    whole_digits: Path, digits_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
+    whole: Path, output_dir: Path, three_raylets: tuple["subprocess.Popen[str]", str]
 ) -> None:
     """Roles apart on three raylets: the figures and weights are those of the undisturbed run in one process."""
     nodes, address = three_raylets
     process = job(
-        *digits_settings(digits_dir, "deaths"),
+        *settings(output_dir, "deaths", "placement.session=ray"),
         *ROLES_APART, "placement.teacher_replicas=2", "evaluator.idle_priority=false",
-        file=DIGITS_JOB, RAY_ADDRESS=address,
+        RAY_ADDRESS=address,
         RAY_AUTH_TOKEN="f" * 64,  # of a cluster that asks for one, as this one does not
     )  # fmt: skip
-    folder = digits_dir / "deaths"
+    folder = output_dir / "deaths"
     snapshots = Snapshots(str(folder / "snapshots"), keep=1)
     wait_for(process, lambda: 0 in snapshots.steps())
     assert process.poll() is None, process.communicate()[0]
@@ -365,10 +368,10 @@ def test_services_ranks_and_a_whole_node_may_be_killed_and_nothing_is_lost_doubl
     output = finish(process, timeout_s=400)
     assert "resumed from" in output
     assert output.splitlines()[-1] == f"summary: {folder}/summary.json"
-    same_under_ray(points(folder), points(whole_digits))
-    assert mlflow_steps(digits_dir, "deaths") == [1, 2, 3, 4, 5, 6]
+    same_under_ray(points(folder), points(whole))
+    assert mlflow_steps(output_dir, "deaths") == [1, 2, 3, 4, 5, 6]
     newest = Snapshots(str(folder / "snapshots"), keep=1).latest()
-    reference = Snapshots(str(whole_digits / "snapshots"), keep=1).latest()
+    reference = Snapshots(str(whole / "snapshots"), keep=1).latest()
     assert newest is not None
     assert reference is not None
     for role in ("generator", "critic"):
