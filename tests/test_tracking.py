@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 
 from raydistill.errors import ConfigError, TrackingError
-from raydistill.tracking import METRICS, Tracker, TrackingConfig, check_metric_names, previous_run_id
+from raydistill.tracking import (
+    METRICS,
+    RunInput,
+    Tracker,
+    TrackingConfig,
+    check_metric_names,
+    check_tracking,
+    code_commit,
+    download_model,
+    previous_run_id,
+    register_model,
+)
 from raydistill.tracking.journal import Journal, StepSet
 
 Make = Callable[..., Tracker]
@@ -99,6 +110,111 @@ def test_figures_params_tags_and_artifacts_reach_mlflow(make: Make, database: st
     assert [p.read_bytes() for p in root.rglob("step_10.png")] == [b"png"]
     assert tracker.finish()
     assert client(database).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_inputs_reach_mlflow_once_with_digest_source_and_part_and_without_secrets(
+    make: Make, database: str
+) -> None:
+    tracker = make()
+    shards = RunInput("training_shards", "training", "ab" * 32, "s3://key:sesame@bucket/x", rows=1797)
+    tracker.inputs([shards, RunInput("teacher", "teacher", "cd" * 32, "/models/teacher")])
+    tracker.inputs([shards])  # as a resumed run says it again
+    assert tracker.flush(30)
+    inputs = client(database).get_run(tracker.run_id).inputs.dataset_inputs
+    found = {each.dataset.name: (each.dataset, {tag.key: tag.value for tag in each.tags}) for each in inputs}
+    assert len(inputs) == 2
+    data, tags = found["training_shards"]
+    assert (data.digest, data.source_type, tags) == ("ab" * 18, "s3", {"mlflow.data.context": "training"})
+    assert json.loads(data.source) == {"uri": "s3://***@bucket/x"}
+    assert json.loads(data.profile) == {"sha256": "ab" * 32, "num_rows": 1797}
+    assert found["teacher"][0].source_type == "local"
+    assert "sesame" not in Path(tracker.run_dir, "metrics.jsonl").read_text()
+
+
+def test_a_run_that_goes_on_in_a_new_comparison_is_shown_under_it(make: Make, database: str) -> None:
+    first = make()
+    first.finish()
+    parent = make(run_dir="parent")
+    make(run_id=first.run_id, parent_run_id=parent.run_id).finish()
+    (experiment,) = [e for e in client(database).search_experiments() if e.name == "raydistill"]
+    nested = client(database).search_runs(
+        [experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.run_id}'"
+    )
+    assert [run.info.run_id for run in nested] == [first.run_id]
+
+
+def test_the_commit_is_the_checkouts_and_says_whether_it_was_changed() -> None:
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    assert code_commit() == (f"{head}-dirty" if changed else head or None)
+
+
+def exported(folder: Path, content: str = "weights") -> Path:
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    (folder / "unet" / "model.safetensors").write_text(content)
+    (folder / "index.json").write_text("{}")
+    return folder
+
+
+def test_a_registered_export_is_had_back_by_its_alias_and_keeps_its_files_and_tags(
+    make: Make, database: str, tmp_path: Path
+) -> None:
+    tracker = make()
+    config = TrackingConfig(uri=database)
+    folder = exported(tmp_path / "run" / "export")
+    tags = {"metric": "eval/toyfid_2k", "metric_value": 0.5, "source": "http://me:sesame@host"}
+    assert register_model(config, "digits", folder, tracker.run_id, tags) == "1"
+    assert register_model(config, "digits", folder, tracker.run_id, {"metric_value": 0.25}) == "1"
+    first = client(database).get_model_version_by_alias("digits", "best")
+    assert first.tags == {"metric": "eval/toyfid_2k", "metric_value": "0.25", "source": "http://***@host"}
+    assert (first.run_id, first.status) == (tracker.run_id, "READY")
+
+    # the run goes on, and its export folder holds another generator
+    exported(folder, "better weights")
+    assert register_model(config, "digits", folder, tracker.run_id, {}) == "2"
+    for model, content in (("models:/digits@best", "better weights"), ("models:/digits/1", "weights")):
+        back = download_model(model, database, tmp_path / content)
+        assert (back / "unet" / "model.safetensors").read_text() == content
+        assert sorted(path.name for path in back.iterdir()) == ["index.json", "unet"]
+
+
+def test_a_registry_that_is_gone_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = TrackingConfig(uri="http://anna:geheim@127.0.0.1:9")
+    assert register_model(config, "digits", exported(tmp_path / "export"), "0" * 32, {}) is None
+    assert "is not registered as digits at http://***@127.0.0.1:9" in caplog.text
+    assert "geheim" not in caplog.text
+
+
+def test_a_run_that_the_store_does_not_know_costs_a_warning(
+    database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrackingConfig(uri=database)
+    assert register_model(config, "nobody", exported(tmp_path / "export"), "0" * 32, {}) is None
+    assert "is not registered as nobody" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "told"),
+    [
+        ("models:/nosuch@best", TrackingError, r"models:/nosuch@best can't be had from sqlite"),
+        ("models:/digits/99", TrackingError, r"models:/digits/99 can't be had from sqlite"),
+        ("models:/a/b@best", ConfigError, r"models:/NAME@ALIAS"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_in_one_line(
+    database: str, tmp_path: Path, model: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told) as caught:
+        download_model(model, database, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_looking_for_a_model_makes_no_new_database(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--tracking-uri"):
+        download_model("models:/digits@best", f"sqlite:///{tmp_path}/none.db", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_shows_the_newest_values_though_older_ones_come_late(make: Make) -> None:
@@ -257,12 +373,23 @@ def test_settings_that_can_not_work_are_named(tmp_path: Path, name: str) -> None
         Tracker(TrackingConfig(uri="off", **{name: 0}), str(tmp_path), "x")
 
 
-def test_a_server_that_is_down_at_the_start_is_an_error_at_once_and_names_no_password(tmp_path: Path) -> None:
-    start = time.monotonic()
+@pytest.mark.parametrize(
+    ("uri", "name", "told"), [("off", "digits", r"tracking\.uri=off"), (None, "a/b", r"register_as is 'a/b'")]
+)
+def test_a_model_that_can_not_be_registered_is_refused_before_the_run(
+    tmp_path: Path, uri: str | None, name: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_tracking(TrackingConfig(uri=uri, register_as=name), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql", "postgresql+psycopg"])
+def test_a_server_that_is_down_at_the_start_is_an_error_at_once_and_names_no_password(
+    tmp_path: Path, scheme: str
+) -> None:
     with pytest.raises(TrackingError, match=r"tracking\.uri") as caught:
-        Tracker(TrackingConfig(uri="http://anna:geheim@127.0.0.1:9"), str(tmp_path / "run"), "x")
-    assert time.monotonic() - start < 10
-    assert "http://***@127.0.0.1:9 does not answer" in str(caught.value)
+        Tracker(TrackingConfig(uri=f"{scheme}://anna:geheim@127.0.0.1:9"), str(tmp_path / "run"), "x")
+    assert f"{scheme}://***@127.0.0.1:9 does not answer" in str(caught.value)
     assert "geheim" not in str(caught.value)
 
 

@@ -7,18 +7,37 @@ The journal is the queue: what is in it and not yet in MLflow is sent when the s
 restart. This package is the only place that imports mlflow, and it does so when the first Tracker is made.
 """
 
-from raydistill.tracking.journal import journal_is_held, previous_run_id
-from raydistill.tracking.mlflow_run import without_secrets
+from raydistill.tracking.history import History, RecordedRun
+from raydistill.tracking.journal import has_unsent, journal_is_held, previous_run_id, read_metrics
+from raydistill.tracking.mlflow_run import code_commit, without_secrets
 from raydistill.tracking.names import METRICS, check_metric_names
-from raydistill.tracking.tracker import OFF, Tracker, TrackingConfig
+from raydistill.tracking.registry import download_model, register_model
+from raydistill.tracking.tracker import (
+    OFF,
+    RunInput,
+    Tracker,
+    TrackingConfig,
+    check_tracking,
+    require_store,
+)
 
 __all__ = [
     "METRICS",
     "OFF",
+    "History",
+    "RecordedRun",
+    "RunInput",
     "Tracker",
     "TrackingConfig",
     "check_metric_names",
+    "check_tracking",
+    "code_commit",
+    "download_model",
+    "has_unsent",
     "journal_is_held",
     "previous_run_id",
+    "read_metrics",
+    "register_model",
+    "require_store",
     "without_secrets",
 ]

@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,39 @@ def previous_run_id(run_dir: str) -> str | None:
             return str(json.loads(file.readline())["run_id"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def has_unsent(run_dir: str) -> bool:
+    """Whether this folder's journal holds what MLflow does not have yet; of a run that is not going on."""
+    path = Path(run_dir, NAME)
+    try:
+        with open(path, "rb") as file:
+            header = file.readline()
+        end = json.loads(header)["base"] + path.stat().st_size - len(header)
+        return bool(json.loads(path.with_name(_SENT).read_text())["offset"] < end)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return path.is_file()
+
+
+def read_metrics(run_dir: str, names: Collection[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) points of some metrics in a folder's journal, by step; also while its run goes on.
+
+    A journal that grew too long has lost its oldest points; one that is not there has none.
+    """
+    points: dict[str, dict[int, float]] = {name: {} for name in names}
+    try:
+        with open(Path(run_dir, NAME), "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written
+                entry = json.loads(line)
+                for name in points.keys() & entry.get("values", {}).keys():
+                    points[name][entry["step"]] = entry["values"][name]
+    except FileNotFoundError:
+        log.warning("%s has no %s: its curves are missing", run_dir, NAME)
+    except ValueError as error:
+        raise TrackingError(f"{Path(run_dir, NAME)} is no journal: {error}") from error
+    return {name: sorted(found.items()) for name, found in points.items()}
 
 
 class StepSet:

@@ -1,19 +1,22 @@
 """One MLflow run, by its client: made or resumed, filled in batches, ended.
 
-The only file that imports mlflow.
+`import_mlflow` is the only place that imports mlflow.
 """
 
 import fcntl
 import getpass
+import json
 import logging
 import os
 import re
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from raydistill.errors import ConfigError, TrackingError
 
@@ -24,7 +27,9 @@ MAX_METRICS = 1000
 MAX_PARAMS = 100
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
-_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+MAX_DIGEST_CHARS = 36
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_SCHEMES = ("sqlite", *_PORTS)
 _USER_INFO = re.compile(r"(\w[\w+.-]*://)[^/@\s]+@")
 _SECRET_NAME = re.compile(
     r"(^|[._-])(password|passwd|secret|token|credentials?|(api|access|secret)_key)$", re.I
@@ -61,6 +66,21 @@ def resolve_uri(uri: str | None, run_dir: str) -> str:
     return uri
 
 
+def require_reachable(uri: str, timeout_s: float) -> None:
+    """Raise TrackingError unless somebody listens at a server's or database's address.
+
+    MLflow itself tries a database for minutes. A file, and a server behind a proxy, are left to it.
+    """
+    parts = urlsplit(uri)
+    if not parts.hostname or (parts.scheme in getproxies() and not proxy_bypass(parts.hostname)):
+        return
+    try:
+        port = parts.port or _PORTS[parts.scheme.split("+")[0]]
+        socket.create_connection((parts.hostname, port), timeout_s).close()
+    except (OSError, ValueError) as error:  # ValueError: a port that is none
+        raise TrackingError(_no_answer(uri, error)) from error
+
+
 class MlflowRun:
     """A run of an experiment, open for writing.
 
@@ -81,7 +101,8 @@ class MlflowRun:
         request_timeout_s: float,
     ) -> None:
         self.shown_uri = without_secrets(uri)
-        self._mlflow = _import_mlflow(request_timeout_s)
+        require_reachable(uri, request_timeout_s)
+        self._mlflow = import_mlflow(request_timeout_s)
         try:
             with _alone_with_new_file(uri):
                 self._client = self._mlflow.MlflowClient(tracking_uri=uri)
@@ -95,7 +116,7 @@ class MlflowRun:
         except TrackingError:
             raise
         except Exception as error:  # requests, sqlalchemy and alembic each have their own classes
-            raise TrackingError(self._start_failure(run_id, error)) from error
+            raise TrackingError(self._start_failure(uri, run_id, error)) from error
         if run.info.lifecycle_stage != "active":
             raise TrackingError(
                 f"MLflow run {run_id} at {self.shown_uri} was deleted; restore it or start a new run"
@@ -104,19 +125,17 @@ class MlflowRun:
         self._params = dict(run.data.params)
         if run_id is not None:
             self.set_status("RUNNING")
+            if parent_run_id is not None:  # of a comparison or sweep that was begun anew
+                self.log_tags({"mlflow.parentRunId": parent_run_id})
 
-    def _start_failure(self, run_id: str | None, error: Exception) -> str:
-        first_line = without_secrets(str(error).strip().split("\n")[0])
+    def _start_failure(self, uri: str, run_id: str | None, error: Exception) -> str:
         if run_id is not None and getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             return (
                 f"MLflow run {run_id} is not at {self.shown_uri}: set tracking.uri to the store the run "
                 "began with, "
                 "or start a new run in another output_dir"
             )
-        return (
-            f"the tracking store {self.shown_uri} does not answer ({first_line}); start the server, correct "
-            "tracking.uri, or leave it out for a local sqlite file"
-        )
+        return _no_answer(uri, error)
 
     def _experiment(self, uri: str, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -166,6 +185,29 @@ class MlflowRun:
             batch = [self._mlflow.entities.RunTag(k, v) for k, v in items[start : start + MAX_PARAMS]]
             self._client.log_batch(self.run_id, tags=batch)
 
+    def log_inputs(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        """Log `RunInput`s as dictionaries; MLflow knows one by name and digest and takes it once."""
+        entities = self._mlflow.entities
+        self._client.log_inputs(
+            self.run_id,
+            [
+                entities.DatasetInput(
+                    entities.Dataset(
+                        name=each["name"],
+                        digest=each["sha256"][:MAX_DIGEST_CHARS],
+                        source_type="local" if each["source"].startswith("/") else _scheme(each["source"]),
+                        source=json.dumps({"uri": each["source"]}),
+                        profile=json.dumps(
+                            {"sha256": each["sha256"]}
+                            | ({} if each["rows"] is None else {"num_rows": each["rows"]})
+                        ),
+                    ),
+                    [entities.InputTag("mlflow.data.context", each["context"])],
+                )
+                for each in inputs
+            ],
+        )
+
     def log_artifact(self, path: str, folder: str) -> None:
         self._client.log_artifact(self.run_id, path, folder or None)
 
@@ -201,7 +243,28 @@ def as_tag(name: str, value: Any) -> str:
     return "***" if _SECRET_NAME.search(name) else without_secrets(str(value))[:MAX_TAG_CHARS]
 
 
-def _import_mlflow(request_timeout_s: float) -> Any:
+def _scheme(source: str) -> str:
+    return urlsplit(source).scheme or "name"  # such as a hub's
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error under its class's name, without secrets."""
+    return without_secrets(f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _no_answer(uri: str, error: Exception) -> str:
+    return without_secrets(
+        f"the tracking store {uri} does not answer ({_first_line(error)}); start the server, correct tracking.uri, "
+        "or leave it out for a local sqlite file"
+    )
+
+
+def import_mlflow(request_timeout_s: float) -> Any:
+    """The module, set up to answer at once instead of trying for minutes."""
     # MLflow's own retries block for minutes; the journal retries instead. A user's settings win.
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -242,11 +305,18 @@ def _start_tags(parent_run_id: str | None) -> dict[str, str]:
         tags["mlflow.user"] = getpass.getuser()
     except (KeyError, OSError):
         log.debug("no user name for the run")
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = code_commit()
+    if commit is not None:
+        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
+    return tags
+
+
+def code_commit() -> str | None:
+    """The git commit of this package's checkout, with "-dirty" after it where files were changed; None without git."""
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5)
-        if answer.returncode == 0:
-            tags["mlflow.source.git.commit"] = answer.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        log.debug("no git commit for the run")
-    return tags
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -40,7 +40,10 @@ METRICS: dict[str, str] = {
     "generator_updates": "optimiser steps of the generator",
     "critic_updates": "optimiser steps of the critic",
     "images": "samples generated for training",
+    "target_updates": "optimiser steps of the generator that the run is to make (train.generator_updates)",
+    "restarts": "times that training began again since the run first began",
     # cost
+    "time/train_s": "seconds spent in updates so far, over restarts",
     "time/update_s": "seconds for one generator update with its critic updates",
     "time/data_s": "seconds of it spent waiting for data",
     "time/teacher_wait_s": "seconds of it spent waiting for teachers that live elsewhere",
@@ -49,8 +52,19 @@ METRICS: dict[str, str] = {
     "time/critic_s": "seconds of a window of the critic's own ranks, waiting included",
     "throughput/images_per_s": "training samples per second, all ranks together",
     "memory/peak_gib": "peak memory of rank 0 in GiB since its process began",
+    "traffic/teacher_bytes": "bytes of queries and answers between rank 0 and the teacher pool in one update",
+    "traffic/critic_bytes": "bytes between rank 0 and the critic's ranks in one update",
+    # the machine that rank 0 trains on, under the names of MLflow's own tab for it
+    "system/cpu_utilization_percentage": "mean over the node's cores since the point before",
+    "system/system_memory_usage_megabytes": "memory of the node in use, in units of 10^6 bytes",
+    "system/system_memory_usage_percentage": "the same, of all its memory",
+    "system/gpu_*_memory_usage_megabytes": "memory of rank 0's GPU in use, in units of 10^6 bytes",
+    "system/gpu_*_memory_usage_percentage": "the same, of all its memory",
+    "system/gpu_*_utilization_percentage": "share of time in which rank 0's GPU worked (needs nvidia-ml-py)",
     # roles apart
     "teacher/replicas": "teacher replicas that queries go to",
+    "teacher/queue": "queries of all ranks that were out at a time, the most within a second",
+    "teacher/latency_s": "seconds from the sending of a query to its answer in the replica, waiting there included",
     "teacher/retries": "queries repeated so far because a replica died or was slow",
     "version/generator": "generator updates done when the critic's last answers were given",
     "version/critic": "critic updates done by then; with max_staleness=1 up to R fewer than R times the above",
@@ -65,6 +79,8 @@ METRICS: dict[str, str] = {
     "eval/teacher_prompt_accuracy_*": "teacher: the same",
     "eval/label_accuracy_*": "generator: share of N samples that the detector takes for the digit of their caption",
     "eval/teacher_label_accuracy_*": "teacher: the same",
+    "eval/queue": "evaluations that were asked for and are not done",
+    "eval/behind_updates": "generator updates made since the newest snapshot that has figures",
     "eval/lag_updates": "generator updates made between the snapshot and its result",
     "eval/seconds": "seconds one evaluation took",
     "eval/skipped": "snapshots passed over because a newer one was waiting",
@@ -77,6 +93,7 @@ METRICS: dict[str, str] = {
     "snapshot/seconds": "seconds to write one snapshot",
     "snapshot/bytes": "size of one snapshot",
     # the tracker itself
+    "tracking/unsent_bytes": "journal that MLflow does not have yet",
     "tracking/dropped_points": "metric values lost because the journal was full while MLflow did not answer",
 }
 

@@ -2,19 +2,28 @@
 
 import logging
 import os
+import re
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydistill.errors import ConfigError, TrackingError
 from raydistill.tracking.journal import Journal
-from raydistill.tracking.mlflow_run import MlflowRun, as_param, as_tag, resolve_uri, without_secrets
+from raydistill.tracking.mlflow_run import (
+    MlflowRun,
+    as_param,
+    as_tag,
+    brief,
+    require_reachable,
+    resolve_uri,
+    without_secrets,
+)
 from raydistill.tracking.names import check_metric_names
 
 log = logging.getLogger(__name__)
@@ -45,6 +54,50 @@ class TrackingConfig:
     """Seconds one request to the tracking server may take."""
     retry_max_s: float = 30.0
     """Longest pause in seconds between attempts to reach a tracking server that went away."""
+    register_as: str | None = None
+    """Model of MLflow's registry of which the finished run's best export becomes a version, with the alias "best";
+    none: of no model."""
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """What a run was made from, known by its content: a data set or a network."""
+
+    name: str
+    context: str
+    """Its part in the run: training, evaluation, teacher."""
+    sha256: str
+    """Of its content; MLflow shows the beginning as the digest."""
+    source: str
+    """Path, URL or name."""
+    rows: int | None = None
+    """Samples in it."""
+
+
+def check_tracking(config: TrackingConfig, run_dir: str) -> None:
+    """Raise ConfigError for settings that can't work; asks no store."""
+    if "://" in run_dir:
+        raise ConfigError(f"run folder {run_dir} is not local; metrics are journaled on a local disk first")
+    for name in ("journal_max_mb", "request_timeout_s", "retry_max_s"):
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"tracking.{name} is {getattr(config, name)}; it must be positive")
+    model = config.register_as
+    if model is not None and not re.fullmatch(r"\w[\w.-]*", model):
+        raise ConfigError(
+            f"tracking.register_as is {model!r}; a model's name is of letters, digits, '_', '.' and '-'"
+        )
+    if config.uri != OFF:
+        resolve_uri(config.uri, run_dir)
+    elif model is not None:
+        raise ConfigError(
+            f"tracking.register_as={model!r} needs MLflow, and tracking.uri={OFF} is the journal alone"
+        )
+
+
+def require_store(config: TrackingConfig, run_dir: str) -> None:
+    """Raise TrackingError, within tracking.request_timeout_s, if nobody listens at the store's address."""
+    if config.uri != OFF:
+        require_reachable(resolve_uri(config.uri, run_dir), config.request_timeout_s)
 
 
 @contextmanager
@@ -79,13 +132,7 @@ class Tracker:
         run_name: str,
         run_id: str | None = None,
     ) -> None:
-        if "://" in run_dir:
-            raise ConfigError(
-                f"run folder {run_dir} is not local; metrics are journaled on a local disk first"
-            )
-        for name in ("journal_max_mb", "request_timeout_s", "retry_max_s"):
-            if getattr(config, name) <= 0:
-                raise ConfigError(f"tracking.{name} is {getattr(config, name)}; it must be positive")
+        check_tracking(config, run_dir)
         self.run_dir = os.path.abspath(run_dir)
         self.uri: str | None = None
         self._run: MlflowRun | None = None
@@ -137,6 +184,10 @@ class Tracker:
     def tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags of the run, without secrets."""
         self._append({"tags": {name: as_tag(name, value) for name, value in tags.items()}})
+
+    def inputs(self, inputs: Sequence[RunInput]) -> None:
+        """Record what the run is made from; MLflow takes the same input once."""
+        self._append({"inputs": [asdict(each) | {"source": without_secrets(each.source)} for each in inputs]})
 
     def artifact(self, local_path: str, artifact_path: str = "") -> None:
         """Copy a file into run_dir/artifacts/<artifact_path> and send it to MLflow.
@@ -218,7 +269,7 @@ class Tracker:
             try:
                 self._run.set_status(status)
             except Exception as error:  # the figures are safe; the status is not worth a failed run
-                log.warning("could not set the status of MLflow run %s: %s", self.run_id, _brief(error))
+                log.warning("could not set the status of MLflow run %s: %s", self.run_id, brief(error))
                 self._complete = False
         self._journal.close()
         return self._complete
@@ -261,7 +312,7 @@ class Tracker:
             except Exception as error:  # the journal has the figures, and the next attempt may pass
                 if not down_since:
                     down_since = time.monotonic()
-                    log.warning("MLflow at %s fails (%s); figures wait on disk", self.uri, _brief(error))
+                    log.warning("MLflow at %s fails (%s); figures wait on disk", self.uri, brief(error))
                 pause_s = min(max(2 * pause_s, _FIRST_RETRY_S), self._retry_max_s)
             if self._closed:
                 return
@@ -285,7 +336,7 @@ class Tracker:
                 if self._refusals < _REFUSALS:
                     raise
                 self._lost_entries += 1
-                log.warning("MLflow refuses %s (%s); it is on disk only", _shorten(entry), _brief(error))
+                log.warning("MLflow refuses %s (%s); it is on disk only", _shorten(entry), brief(error))
                 self._refusals = 0
                 self._journal.mark_sent(offset)
                 return True
@@ -298,6 +349,8 @@ class Tracker:
             run.log_params(entry["params"])
         elif "tags" in entry:
             run.log_tags(entry["tags"])
+        elif "inputs" in entry:
+            run.log_inputs(entry["inputs"])
         elif Path(self.run_dir, entry["artifact"]).is_file():
             run.log_artifact(str(Path(self.run_dir, entry["artifact"])), entry["folder"])
         else:
@@ -308,8 +361,3 @@ class Tracker:
 def _shorten(entry: dict[str, Any]) -> str:
     text = str(entry)
     return text if len(text) < 200 else text[:200] + "..."
-
-
-def _brief(error: Exception) -> str:
-    first_line = str(error).strip().split("\n")[0]
-    return without_secrets(f"{type(error).__name__}: {first_line}")
