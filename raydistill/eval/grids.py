@@ -1,10 +1,13 @@
-"""Pictures for people: labelled rows of small images under their captions, as one PNG."""
+"""Pictures for people: labelled rows of small images under their captions, as one PNG that can be taken apart again."""
 
 import io
+import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +17,15 @@ _GAP = 4
 _FONT_SIZE = 12
 _MIN_COLUMN = 84
 _IMAGE_WIDTH = 96
+_LAYOUT = "raydistill.grid"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What `grid_png` was given: captions (none if it got none) and rows of (label, uint8 images [N, 3, H, W])."""
+
+    captions: list[str]
+    rows: list[tuple[str, Tensor]]
 
 
 def grid_png(
@@ -29,7 +41,7 @@ def grid_png(
 
     Raises DataError if the rows don't fit together.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
     count, height, width = _check(rows, captions)
     if scale is None:
@@ -56,6 +68,7 @@ def grid_png(
         for number, text in enumerate(lines):
             pen.text((x, top + number * line), text, fill="black", font=font)
     y = _GAP + head_height
+    tops = []
     for (_, images), lines, row_height in zip(rows, label_lines, row_heights, strict=True):
         top = y + (row_height - _GAP - len(lines) * line) // 2
         for number, text in enumerate(lines):
@@ -63,9 +76,60 @@ def grid_png(
         for column, image in enumerate(images.cpu().permute(0, 2, 3, 1).contiguous().numpy()):
             picture = Image.fromarray(image).resize((width * scale, cell_height), Image.Resampling.NEAREST)
             canvas.paste(picture, (label_width + column * (cell_width + _GAP), y))
+        tops.append(y)
         y += row_height
+    layout = {
+        "captions": list(captions or ()), "labels": [label for label, _ in rows], "tops": tops, "left": label_width,
+        "pitch": cell_width + _GAP, "shape": [count, height, width], "scale": scale,
+    }  # fmt: skip
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(_LAYOUT, json.dumps(layout))
+    return _png(canvas, info)
+
+
+def read_grid(png: bytes) -> Grid:
+    """The images of a picture that `grid_png` made, pixel for pixel. Raises DataError for any other picture."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(png))
+        layout = json.loads(picture.text[_LAYOUT])  # type: ignore[attr-defined]
+    except (OSError, AttributeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"a picture that does not say where its images are: {type(error).__name__}"
+        ) from error
+    pixels = np.asarray(picture.convert("RGB"))
+    count, height, width = layout["shape"]
+    scale, left, pitch = layout["scale"], layout["left"], layout["pitch"]
+
+    def cell(top: int, column: int) -> Tensor:
+        x = left + column * pitch
+        block = pixels[top : top + height * scale : scale, x : x + width * scale : scale]
+        return torch.from_numpy(block.copy()).permute(2, 0, 1)
+
+    rows = [
+        (label, torch.stack([cell(top, column) for column in range(count)]))
+        for label, top in zip(layout["labels"], layout["tops"], strict=True)
+    ]
+    return Grid(layout["captions"], rows)
+
+
+def strip_png(images: Tensor, widest: int = 128) -> bytes:
+    """uint8 images [N, 3, H, W] side by side and nothing else; larger ones are brought to `widest` pixels each."""
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    strip = Image.fromarray(images.permute(2, 0, 3, 1).reshape(height, count * width, 3).contiguous().numpy())
+    if width > widest:
+        strip = strip.resize(
+            (count * widest, max(1, round(height * widest / width))), Image.Resampling.LANCZOS
+        )
+    return _png(strip)
+
+
+def _png(picture: Any, info: Any = None) -> bytes:
     buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 

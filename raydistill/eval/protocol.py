@@ -113,6 +113,16 @@ def count_label(num_samples: int) -> str:
     return str(num_samples) if rest else f"{thousands}k"
 
 
+def higher_is_better(metric: str) -> bool:
+    """Of a figure by its name: true of accuracies, false of distances."""
+    return "accuracy" in metric
+
+
+def cost(metric: str, value: float) -> float:
+    """A figure as what is to be small: an accuracy with its sign changed."""
+    return -value if higher_is_better(metric) else value
+
+
 def require_same(protocols: Sequence[Protocol], but: Sequence[str] = ()) -> None:
     """Raise ConfigError, naming each field that differs, unless all figures may share an axis.
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from raydistill.errors import DataError
-from raydistill.eval.grids import grid_png
+from raydistill.eval.grids import grid_png, read_grid, strip_png
 
 
 def opened(data: bytes) -> npt.NDArray[np.uint8]:
@@ -91,3 +91,39 @@ def test_rows_that_do_not_fit_together_are_refused() -> None:
         grid_png([("a", two)], ["only one"])
     with pytest.raises(DataError, match="scale of a grid must be at least 1, got 0"):
         grid_png([("a", two)], scale=0)
+
+
+@pytest.mark.parametrize("captions", [None, ["one", 'a "<b>" of\u00e9', "three"]])
+@pytest.mark.parametrize(("size", "scale"), [(8, None), (8, 1), (40, 2)])
+def test_a_grid_is_taken_apart_pixel_for_pixel(
+    captions: list[str] | None, size: int, scale: int | None
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        (label, torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=draw))
+        for label in ("first", "second, with a label of several lines", "")
+    ]
+    found = read_grid(grid_png(rows, captions, scale))
+    assert found.captions == (captions or [])
+    assert [label for label, _ in found.rows] == [label for label, _ in rows]
+    for (_, images), (_, wanted) in zip(found.rows, rows, strict=True):
+        assert torch.equal(images, wanted)
+
+
+def test_another_picture_is_not_taken_apart() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, format="PNG")
+    for data in (buffer.getvalue(), b"no picture"):
+        with pytest.raises(DataError, match="does not say where its images are"):
+            read_grid(data)
+
+
+def test_a_strip_holds_its_images_side_by_side_and_large_ones_smaller() -> None:
+    images = torch.randint(
+        0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    strip = opened(strip_png(images))
+    assert strip.shape == (8, 24, 3)
+    for number, image in enumerate(images):
+        assert (strip[:, 8 * number : 8 * number + 8] == image.permute(1, 2, 0).numpy()).all()
+    assert opened(strip_png(images.repeat_interleave(32, 2).repeat_interleave(32, 3))).shape == (128, 384, 3)
