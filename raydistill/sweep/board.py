@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.sweep.config import Settings, SweepConfig
+from raydistill.eval.protocol import cost
+from raydistill.sweep.config import Range, Settings, SweepConfig
 from raydistill.sweep.trial import figures_of
 
 FILE = "sweep.json"
@@ -48,8 +49,11 @@ class Board:
     settings: dict[str, Any] = field(default_factory=dict)
     """What the trials have in common, without secrets."""
     teacher_copies: int | None = None
+    """Of the shared teacher's weights in memory, on all nodes, at the sweep's end."""
     resumed: int = 0
     """How often the sweep was resumed."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What the sweep left at its end."""
     _shown: tuple[float, tuple[State, ...]] = (0.0, ())
 
     @property
@@ -67,20 +71,23 @@ class Board:
         row.state, row.error = state, error
         found = {s: v for s, v in figures_of(row.run_dir, self.config.figure).items() if math.isfinite(v)}
         if found:
-            sign = 1 if self.config.mode == "min" else -1
-            row.step = min(found, key=lambda step: (sign * found[step], step))
+            row.step = min(found, key=lambda step: (cost(self.config.figure, found[step]), step))
             row.metric, row.generator_updates = found[row.step], max(found)
         self.save()
         self.show()
 
     @property
+    def failed(self) -> list[Row]:
+        """Trials that ended with an error."""
+        return [row for row in self.rows.values() if row.state == "failed"]
+
+    @property
     def best(self) -> Row | None:
         """The trial with the best figure."""
-        sign = 1 if self.config.mode == "min" else -1
         judged = [row for row in self.rows.values() if row.metric is not None and row.state != "failed"]
-        return min(judged, key=lambda row: sign * (row.metric or 0.0), default=None)
+        return min(judged, key=lambda row: cost(self.config.figure, row.metric or 0.0), default=None)
 
-    def save(self, **more: Any) -> None:
+    def save(self) -> None:
         """Write sweep.json, whole or not at all. Raises CheckpointError."""
         best = self.best
         content = {
@@ -88,26 +95,28 @@ class Board:
             "metric": self.config.figure,
             "mode": self.config.mode,
             "search": self.config.search,
+            "space": shown_space(self.config),
             "settings": self.settings,
             "trials": [asdict(row) for row in self.rows.values()],
             "teacher_copies": self.teacher_copies,
             "resumed": self.resumed,
             "best": best.name if best else None,
+            **self.results,
         }
         partial = self.file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(content | more, indent=1) + "\n")
+            partial.write_text(json.dumps(content, indent=1) + "\n")
             partial.replace(self.file)
         except OSError as error:
             raise CheckpointError(
                 f"can't write {self.file} (output_dir): {error.strerror or error}"
             ) from error
 
-    def show(self, *, last: bool = False) -> None:
-        """Print the table if a state has changed, and every half minute."""
-        states = tuple(row.state for row in self.rows.values())
+    def show(self) -> None:
+        """Print the table when a trial has ended, and every half minute."""
+        states = tuple(row.state for row in self.rows.values() if row.state not in ("pending", "running"))
         at, before = self._shown
-        if last or states != before or time.monotonic() - at > _EVERY_S:
+        if states != before or time.monotonic() - at > _EVERY_S:
             self._shown = time.monotonic(), states
             print(f"\n{self.table()}", flush=True)
             sys.stdout.flush()
@@ -139,8 +148,12 @@ def read(file: Path, config: SweepConfig) -> Board:
     """The board of an interrupted sweep. Raises ConfigError if it was another sweep."""
     try:
         kept = json.loads(file.read_text())
-        rows = {entry["name"]: Row(**entry) for entry in kept["trials"]}
-        was, settings = (kept["metric"], kept["search"]), kept["settings"]
+        # the folder may have been moved
+        rows = {
+            entry["name"]: Row(**entry | {"run_dir": f"{config.run.output_dir}/{entry['name']}"})
+            for entry in kept["trials"]
+        }
+        was, space, settings = (kept["metric"], kept["search"]), kept["space"], kept["settings"]
         copies, resumed = kept["teacher_copies"], kept["resumed"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is no sweep's record ({type(error).__name__}: {error})") from None
@@ -149,7 +162,19 @@ def read(file: Path, config: SweepConfig) -> Board:
             f"{file} is of a sweep with metric {was[0]} and search {was[1]}, this one has {config.figure} and "
             f"{config.search}: give the same, or another name="
         )
+    if space != (now := shown_space(config)):
+        raise ConfigError(
+            f"{file} is of a sweep over another space ({space}, now {now}): give the same, or another name="
+        )
     return Board(config, rows, settings, copies, resumed + 1)
+
+
+def shown_space(config: SweepConfig) -> dict[str, str]:
+    """The space as text."""
+    return {
+        name: str(values) if isinstance(values, Range) else ",".join(map(str, values))
+        for name, values in config.space.items()
+    }
 
 
 def _short(names: Sequence[str]) -> Mapping[str, str]:

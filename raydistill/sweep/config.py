@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from raydistill.config import apply_overrides, flatten
 from raydistill.errors import ConfigError
+from raydistill.eval.protocol import higher_is_better
 from raydistill.runtime.settings import RunConfig, validate
 
 Search = Literal["grid", "random", "optuna"]
@@ -47,6 +48,7 @@ Values = Sequence[Any] | Range
 _RANGE = re.compile(r"(uniform|loguniform|randint)\(([^,()]+),([^,()]+)\)")
 _FIXED = (
     "name", "output_dir", "resume", "train.generator_updates", "evaluator.", "checkpoint.", "placement.", "tracking.",
+    "prepare.",
 )  # fmt: skip
 _SHARED = ("teacher.guidance_scale", "teacher.preflight")
 """Of the teacher's settings those that trials of one teacher may differ in; the scale travels with the query."""
@@ -61,7 +63,7 @@ class SweepConfig:
     space: Mapping[str, Values]
     """Dotted settings and what they take."""
     metric: str | None = None
-    """Figure of the evaluator that trials are judged by; none: toyfid."""
+    """Figure of the evaluator that trials are judged by, and each one's best snapshot; none: evaluator.best_by's."""
     search: Search = "grid"
     """grid: all combinations of the values; random and optuna (TPE) draw `num_trials` of the space."""
     num_trials: int = 16
@@ -89,16 +91,21 @@ class SweepConfig:
     @property
     def figure(self) -> str:
         """The metric's whole name."""
-        return self.metric or figures(self.run)[0]
+        return self.metric or self.run.evaluator.best_metric
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        return "max" if "accuracy" in self.figure else "min"
+        return "max" if higher_is_better(self.figure) else "min"
 
     @property
     def own_service(self) -> str:
         """The name of the teacher service that ends with the sweep."""
         return own_service(self.run)
+
+    @property
+    def count(self) -> int:
+        """Trials of the whole sweep."""
+        return self.num_trials if self.search == "optuna" else len(trials_of(self))
 
     @property
     def grace(self) -> int:
@@ -108,15 +115,6 @@ class SweepConfig:
 def own_service(run: RunConfig) -> str:
     """Its folder is part of the name: sweeps of one name may run on one cluster."""
     return f"sweep-{run.name}-{hashlib.sha256(run.run_dir.encode()).hexdigest()[:8]}"
-
-
-def figures(run: RunConfig) -> list[str]:
-    """What a run's evaluator reports of the generator; toyfid first."""
-    from raydistill.eval.detectors import ACCURACY
-    from raydistill.eval.protocol import count_label
-
-    label = count_label(run.evaluator.num_samples)
-    return [f"eval/{name}_{label}" for name in ("toyfid", "toykid", ACCURACY[run.evaluator.detector])]
 
 
 def parse_space(texts: Sequence[str]) -> dict[str, Values]:
@@ -146,11 +144,15 @@ def parse_space(texts: Sequence[str]) -> dict[str, Values]:
 
 
 def trial_config(run: RunConfig, settings: Mapping[str, Any], name: str) -> RunConfig:
-    """The run of a trial. Raises ConfigError for an unknown setting or a refused value."""
+    """The run of a trial. Raises ConfigError for an unknown setting or a refused value.
+
+    No trial is registered as a model: tracking.register_as is for the sweep's best one.
+    """
     texts = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
     ]
-    return replace(apply_overrides(run, texts), name=name)
+    made = apply_overrides(run, texts)
+    return replace(made, name=name, tracking=replace(made.tracking, register_as=None))
 
 
 def checked(config: SweepConfig) -> SweepConfig:
@@ -165,7 +167,16 @@ def checked(config: SweepConfig) -> SweepConfig:
     validate(run)
     _check_search(config, run)
     space = {name: _checked_values(config, run, name, values) for name, values in config.space.items()}
-    own = [name for name in space if name.startswith("teacher.") and name not in _SHARED]
+    own = [
+        name
+        for name in space
+        if (name.startswith("teacher.") and name not in _SHARED)
+        or name in ("train.channels_last", "train.compile")
+    ]
+    if not config.share_teacher and run.placement.teacher_service:
+        raise ConfigError(
+            f"--own-teachers and placement.teacher_service={run.placement.teacher_service!r}: leave one of them out"
+        )
     if config.share_teacher and own:
         raise ConfigError(
             f"trials that differ in {', '.join(own)} can't share one teacher: --own-teachers gives each its own"
@@ -175,7 +186,9 @@ def checked(config: SweepConfig) -> SweepConfig:
         mode: Any = "teachers" if placement.mode == "colocated" else placement.mode
         service = placement.teacher_service or own_service(run)
         placement = replace(placement, mode=mode, teacher_service=service)
-    run = replace(run, placement=placement, resume=True)
+    best_by = next(short for short, name in run.evaluator.figures.items() if name == config.figure)
+    evaluator = replace(run.evaluator, best_by=best_by, may_skip=False)  # type: ignore[arg-type]
+    run = replace(run, placement=placement, resume=True, evaluator=evaluator)
     config = replace(config, run=run, space=space)
     if config.search != "optuna":  # whose combinations are not known yet
         schedule = None
@@ -200,9 +213,10 @@ def _check_search(config: SweepConfig, run: RunConfig) -> None:
         raise ConfigError("evaluator.enabled=false: a sweep judges its trials by the evaluator's figures")
     if run.placement.session == "inline":
         raise ConfigError("placement.session=inline: a sweep's trials run under Ray, leave it out")
-    if config.figure not in figures(run):
+    figures = run.evaluator.figures.values()
+    if config.figure not in figures:
         raise ConfigError(
-            f"--metric {config.figure!r} is reported by no trial; their evaluator reports {', '.join(figures(run))}"
+            f"--metric {config.figure!r} is reported by no trial; their evaluator reports {', '.join(figures)}"
         )
     for name, value, least in (
         ("num-trials", config.num_trials, 1),
@@ -221,8 +235,9 @@ def _checked_values(config: SweepConfig, run: RunConfig, name: str, values: Valu
             raise ConfigError(
                 f"{name}={values}: a grid has no points in a range; give values, or --search random or optuna"
             )
-        generator = random.Random(0)
-        for value in [draw(generator, values) for _ in range(3)]:
+        last = values.high - 1 if values.kind == "randint" else math.nextafter(values.high, values.low)
+        for value in (values.low, last):
+            value = int(value) if values.kind == "randint" else value
             validate(trial_config(run, {name: value}, run.name))
         return values
     typed = []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,22 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import ConfigError, PlacementError, RayDistillError, TrainingError
+from raydistill.errors import ConfigError, PlacementError, RayDistillError, TrackingError, TrainingError
+from raydistill.report import write_report
+from raydistill.runtime.build import build_pipeline
+from raydistill.runtime.fit import require_fit
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
-from raydistill.runtime.room import check_room
-from raydistill.runtime.run import InterruptedRunError, connect
+from raydistill.runtime.room import check_room, has_room
+from raydistill.runtime.run import InterruptedRunError, check_folder, connect
 from raydistill.runtime.session import request_stop
 from raydistill.runtime.settings import RunConfig, without_secret_settings
-from raydistill.runtime.summary import export_snapshot
-from raydistill.runtime.teachers import start_pool, stop_service
-from raydistill.sweep.board import ENDED, FILE, Board, State, read
+from raydistill.runtime.signals import on_sigterm
+from raydistill.runtime.summary import export_snapshot, register_export
+from raydistill.runtime.teachers import require_same_teacher, start_pool, stop_service
+from raydistill.sweep.board import ENDED, FILE, Board, State, read, shown_space
 from raydistill.sweep.config import Range, SweepConfig, checked, trial_config, trials_of
-from raydistill.sweep.trial import KEY, STEP, Order, Trial
-from raydistill.tracking import Tracker, journal_is_held, previous_run_id, without_secrets
+from raydistill.sweep.trial import COMPLETE, ERROR, INTERRUPTED, KEY, STEP, Order, Trial
+from raydistill.tracking import Tracker, has_unsent, journal_is_held, previous_run_id, require_store
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +64,20 @@ def sweep(config: SweepConfig, *, resume: bool = False) -> Board:
     InterruptedRunError if it was asked to stop.
     """
     config = checked(config)
+    require_store(config.run.tracking, config.run.run_dir)
     board = _board(config, resume)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # figures are in the runs' own journals and MLflow
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed early has no figure
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the board has the table
+    # figures are in the runs' own journals and MLflow, and nobody is to be told that Tune's own files are missing
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     mine = not ray.is_initialized()
     if mine:
         connect(quiet=True)
     try:
-        trials = config.num_trials if config.search == "optuna" else len(board.rows)
-        config = _with_places(config, trials)
-        board.config = config
+        config = board.config = _with_places(config)
         prepare_builtin(config.run)
         prepare_shards(config.run)
         return _on_ray(board)
@@ -104,12 +112,12 @@ def _board(config: SweepConfig, resume: bool) -> Board:
         )
     if config.search != "optuna":
         for number, settings in enumerate(trials_of(config)):
-            row = board.row(_name(config, number), settings)
-            if row.settings != settings:
-                raise ConfigError(
-                    f"{file} is of a sweep over another space ({row.name} has {row.settings}, it would have {settings} "
-                    "now): give the same, or another name="
-                )
+            board.row(_name(config, number), settings)
+    if len(board.rows) > config.count:
+        raise ConfigError(f"{file} has {len(board.rows)} trials already: give --num-trials at least as many")
+    for row in board.rows.values():
+        if row.state not in ENDED:
+            check_folder(trial_config(config.run, row.settings, row.name))
     return board
 
 
@@ -117,7 +125,7 @@ def _name(config: SweepConfig, number: int) -> str:
     return f"{config.name}-{number:03d}"
 
 
-def _with_places(config: SweepConfig, trials: int) -> SweepConfig:
+def _with_places(config: SweepConfig) -> SweepConfig:
     """The sweep with its workers' CPUs and the number of trials at a time chosen for the cluster.
 
     Raises PlacementError if it has no room for one trial.
@@ -125,28 +133,28 @@ def _with_places(config: SweepConfig, trials: int) -> SweepConfig:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     placement = config.run.placement
     workers = placement.workers or (2 if placement.mode == "disaggregated" else 1)
+    run = replace(config.run, placement=replace(placement, workers=workers))
+    least = placement.cpus_per_worker or 1
+    check_room(nodes, run, least)
+    most = min(config.max_at_once or config.count, config.count)
+    places = next((n for n in range(most, 1, -1) if _fits(nodes, run, least, n)), 1)
     cpus = placement.cpus_per_worker
     if not cpus:
-        total = sum(node.get("CPU", 0.0) for node in nodes)
-        cpus = 1 if placement.gpus_per_worker else max(1, int(total // (workers * max(1, trials))))
+        largest = 1 if placement.gpus_per_worker else int(max(node.get("CPU", 0.0) for node in nodes))
+        cpus = next((share for share in range(largest, 1, -1) if _fits(nodes, run, share, places)), 1)
     # its figures decide, so it must not wait for a free core; and a worker of one thread has no barriers to suffer at
-    evaluator = (
-        replace(config.run.evaluator, idle_priority=False, threads=1) if cpus == 1 else config.run.evaluator
-    )
-    placement = replace(placement, workers=workers, cpus_per_worker=cpus)
-    run = replace(config.run, placement=placement, evaluator=evaluator)
-    check_room(nodes, run, cpus)
-    places = 1
-    while places < trials and _fits(nodes, run, places + 1):
-        places += 1
-    return replace(config, run=run, max_at_once=min(config.max_at_once or places, places))
+    evaluator = replace(run.evaluator, idle_priority=False, threads=1) if cpus == 1 else run.evaluator
+    run = replace(run, evaluator=evaluator, placement=replace(run.placement, cpus_per_worker=cpus))
+    return replace(config, run=run, max_at_once=places)
 
 
-def _fits(nodes: list[Mapping[str, float]], run: RunConfig, trials: int) -> bool:
-    placement = run.placement
-    more = replace(placement, workers=placement.workers * trials)
+def _fits(nodes: list[Mapping[str, float]], run: RunConfig, cpus: int, trials: int) -> bool:
+    """Whether so many trials have room at a time, each with its evaluator, and its teachers if it has its own."""
+    if not has_room(nodes, run, cpus, runs=trials):
+        return False
+    each = math.ceil(trials / len(nodes))
     try:
-        check_room(nodes, replace(run, placement=more), placement.cpus_per_worker)
+        require_fit(run, [node.get("memory", math.inf) / each for node in nodes])
     except PlacementError:
         return False
     return True
@@ -158,32 +166,50 @@ def _on_ray(board: Board) -> Board:
     parent = Tracker(config.run.tracking, config.folder, config.name, run_id=previous_run_id(config.folder))
     status = "FAILED"
     try:
-        parent.params({"space": {name: _shown(values) for name, values in config.space.items()}} | {
+        parent.params({"space": shown_space(config)} | {
             "metric": config.figure, "search": config.search, "at_once": config.max_at_once,
         })  # fmt: skip
         if parent.uri:
             tracking = replace(config.run.tracking, parent_run_id=parent.run_id)
             config = board.config = replace(config, run=replace(config.run, tracking=tracking))
         board.save()
-        with _sigterm_stops(board), _teacher_service(board):
+        with on_sigterm(partial(_stop_trials, board)), _teacher_service(board):
             _tune(board)
-        unfinished = [row.name for row in board.rows.values() if row.state in ("pending", "running")]
-        if unfinished:
+        _send_what_waits(board)
+        unfinished = [row for row in board.rows.values() if row.state in ("pending", "running")]
+        left = len(unfinished) + config.count - len(board.rows)
+        if left:
             status = "KILLED"
+            for row in unfinished:
+                row.state = "pending"
+            board.save()
             raise InterruptedRunError(
-                f"the sweep was stopped with {len(unfinished)} of {len(board.rows)} trials unfinished; the same "
-                "command with --resume goes on from their snapshots"
+                f"the sweep was stopped with {left} of {config.count} trials unfinished; "
+                "the same command with --resume goes on from their snapshots"
             )
-        _export_best(board)
+        _leave_results(board)
         parent.artifact(str(board.file))
-        status = "FINISHED"
+        if report := board.results["report"]:
+            parent.artifact(report)
+        status = "FAILED" if board.failed else "FINISHED"
     finally:
         parent.finish(status)
     return board
 
 
-def _shown(values: Any) -> str:
-    return str(values) if isinstance(values, Range) else ",".join(map(str, values))
+def _send_what_waits(board: Board) -> None:
+    """Figures of ended trials that a tracking server was not there for."""
+    tracking = board.config.run.tracking
+    for row in board.rows.values():
+        run_id = previous_run_id(row.run_dir)
+        if row.state not in ENDED or run_id is None or not has_unsent(row.run_dir):
+            continue
+        try:
+            tracker = Tracker(tracking, row.run_dir, row.name, run_id=run_id)
+        except TrackingError as error:
+            log.warning("%s is not whole in MLflow, --resume tries it again: %s", row.name, error)
+            continue
+        tracker.finish("FINISHED" if row.state == "finished" else "KILLED")
 
 
 @contextmanager
@@ -195,6 +221,8 @@ def _teacher_service(board: Board) -> Iterator[None]:
         return
     try:
         manager = start_pool(board.config.run)
+        if service != board.config.own_service:
+            require_same_teacher(board.config.run, manager, build_pipeline(board.config.run).fingerprint)
         yield
         board.teacher_copies = ray.get(manager.copies.remote())
     finally:
@@ -216,27 +244,15 @@ def _stop_and_wait(run_dir: str) -> None:
         pass  # the question itself waits
 
 
-@contextmanager
-def _sigterm_stops(board: Board) -> Iterator[None]:
-    """SIGTERM ends the sweep once its trials have written snapshots; Ctrl-C, which is Tune's, does not wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: object) -> None:
-        os.write(2, b"raydistill: SIGTERM: the trials write their snapshots\n")
-        running = [row.run_dir for row in board.rows.values() if row.state == "running"]
-        for run_dir in running:
-            _ask_to_stop(run_dir)
-        for run_dir in running:
-            _stop_and_wait(run_dir)
-        os.kill(os.getpid(), signal.SIGINT)  # Tune ends by that
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop_trials(board: Board) -> None:
+    """What SIGTERM does: the trials write snapshots, then Tune ends. Ctrl-C, Tune's, does not wait for them."""
+    os.write(2, b"raydistill: SIGTERM: the trials write their snapshots\n")
+    running = [row.run_dir for row in board.rows.values() if row.state == "running"]
+    for run_dir in running:
+        _ask_to_stop(run_dir)
+    for run_dir in running:
+        _stop_and_wait(run_dir)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _tune(board: Board) -> None:
@@ -259,6 +275,7 @@ def _tune(board: Board) -> None:
         tune_config=tune.TuneConfig(
             metric=config.figure, mode=config.mode, num_samples=count, search_alg=search,
             scheduler=_scheduler(config), max_concurrent_trials=config.max_at_once,
+            reuse_actors=True,
             trial_name_creator=_run_of, trial_dirname_creator=_run_of,
         ),
         run_config=tune.RunConfig(
@@ -351,20 +368,18 @@ class _Watcher(tune.Callback):
         self._tell(trial, "running")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        total = self._board.config.run.train.generator_updates
-        reached = (trial.last_result or {}).get(STEP, 0)
-        order = trial.config[KEY]
-        if reached < total and not order["ended"]:
-            _stop_and_wait(self._board.row(order["name"], order["settings"]).run_dir)
-        self._tell(trial, "finished" if reached >= total else "stopped")
+        result, order = trial.last_result or {}, trial.config[KEY]
+        if ERROR in result:
+            self._tell(trial, "pending" if result[INTERRUPTED] else "failed", result[ERROR])
+        elif result.get(COMPLETE):
+            self._tell(trial, "finished")
+        else:
+            if not order["ended"]:
+                _stop_and_wait(self._board.row(order["name"], order["settings"]).run_dir)
+            self._tell(trial, "stopped")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
-        cause = getattr(error, "cause", None) or error
-        interrupted = isinstance(cause, InterruptedRunError)
-        self._tell(
-            trial, "pending" if interrupted else "failed", without_secrets(" ".join(str(cause).split())[:500])
-        )
+        self._tell(trial, "failed", "its process died, twice: Ray's logs say why")
 
     def _tell(self, trial: Any, state: State, error: str | None = None) -> None:
         order = trial.config[KEY]
@@ -373,17 +388,30 @@ class _Watcher(tune.Callback):
             self._board.update(order["name"], state, error)
 
 
-def _export_best(board: Board) -> None:
-    """The best trial's best snapshot as a generator, in the sweep's folder."""
+def _leave_results(board: Board) -> None:
+    """In the sweep's folder: the best trial's best snapshot as a generator, registered where that is asked for, and the
+    report on all trials."""
     best = board.best
     if best is None or best.step is None:
         errors = "; ".join(f"{row.name}: {row.error}" for row in board.rows.values() if row.error)
         raise TrainingError(f"no trial of the sweep has a figure {board.config.figure}: {errors}")
     config = trial_config(board.config.run, best.settings, best.name)
-    snapshots = Snapshots(f"{best.run_dir}/snapshots", config.checkpoint.keep)
+    folder = Path(board.config.folder)
+    board.results = {"export": None, "export_step": best.step, "report": None}
     try:
-        exported = export_snapshot(config, snapshots.read(best.step), Path(board.config.folder) / "export")
-        board.save(export=str(exported), export_step=best.step)
+        snapshots = Snapshots(f"{best.run_dir}/snapshots", config.checkpoint.keep)
+        exported = export_snapshot(config, snapshots.read(best.step), folder / "export")
+        board.results["export"] = str(exported)
+        name, run_id = board.config.run.tracking.register_as, previous_run_id(best.run_dir)
+        if name and run_id:
+            board.results["registered"] = register_export(config, name, best.step, exported, run_id)
     except RayDistillError as error:
         log.warning("the best trial is not exported: %s", error)
-        board.save(export=None, export_error=str(error))
+        board.results["export_error"] = str(error)
+    board.save()
+    try:
+        report = write_report([folder], folder / "report.html", f"raydistill: sweep {board.config.name}")
+        board.results["report"] = str(report)
+    except RayDistillError as error:
+        log.warning("there is no report: %s", error)
+    board.save()

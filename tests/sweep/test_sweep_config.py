@@ -3,9 +3,11 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from raydistill import cli
 from raydistill.errors import ConfigError, RayDistillError
 from raydistill.runtime import digits
 from raydistill.sweep.config import (
@@ -13,12 +15,12 @@ from raydistill.sweep.config import (
     SweepConfig,
     checked,
     draw,
-    figures,
     parse_space,
     trial_config,
     trials_of,
 )
 
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SPACE = {"method.alpha": [1.0, 1.2], "generator.lr": [1e-4, 2e-4, 4e-4]}
 CONFIG = SweepConfig(run=digits.sid(), space=SPACE)
 
@@ -98,9 +100,26 @@ def test_trials_share_a_teacher_service_unless_told_otherwise() -> None:
 
 
 def test_the_metric_is_toyfid_and_accuracy_is_to_rise() -> None:
-    toyfid, _, accuracy = figures(CONFIG.run)
+    toyfid, _, accuracy = CONFIG.run.evaluator.figures.values()
     assert (CONFIG.figure, CONFIG.mode) == (toyfid, "min") == ("eval/toyfid_1797", "min")
     assert replace(CONFIG, metric=accuracy).mode == "max"
+
+
+def test_trials_keep_the_snapshot_that_is_best_by_the_sweeps_metric_and_evaluate_every_one_that_is_due() -> (
+    None
+):
+    config = checked(replace(CONFIG, metric="eval/label_accuracy_1797"))
+    assert config.run.evaluator.best_metric == "eval/label_accuracy_1797"
+    assert not config.run.evaluator.may_skip
+    by_accuracy = replace(CONFIG.run, evaluator=replace(CONFIG.run.evaluator, best_by="accuracy"))
+    assert replace(CONFIG, run=by_accuracy).figure == "eval/label_accuracy_1797"
+
+
+def test_no_trial_is_registered_as_a_model_but_the_sweeps_best_one() -> None:
+    named = replace(CONFIG.run, tracking=replace(CONFIG.run.tracking, register_as="digits"))
+    config = checked(replace(CONFIG, run=named))
+    assert config.run.tracking.register_as == "digits"
+    assert trial_config(config.run, {"method.alpha": 1.0}, "t").tracking.register_as is None
 
 
 @pytest.mark.parametrize(
@@ -113,6 +132,15 @@ def test_the_metric_is_toyfid_and_accuracy_is_to_rise() -> None:
         ),
         (lambda c: replace(c, space={"generator.lr": [1e-4, "fast"]}), "generator.lr=fast is refused"),
         (lambda c: replace(c, space={"generator": [1]}), "names a section"),
+        (lambda c: replace(c, space={"prepare.num_train": [100, 200]}), "prepare.num_train can't be varied"),
+        (
+            lambda c: replace(c, space={"train.compile": [True, False]}),
+            "can't share one teacher: --own-teachers",
+        ),
+        (
+            lambda c: replace(c, search="random", space={"method.alpha": Range("uniform", 1, 2.1)}),
+            "method.alpha=2.09.* must lie in -1 to 2",
+        ),
         (lambda c: replace(c, space={"tracking.uri": ["a", "b"]}), "tracking.uri can't be varied"),
         (lambda c: replace(c, space={"method.alpha": [1.2, 7]}), "method.alpha=7.0 must lie in -1 to 2"),
         (lambda c: replace(c, space={"train.batch_size": [0]}), "train.batch_size=0 must be at least 1"),
@@ -149,3 +177,29 @@ def test_what_can_not_work_is_refused_at_once(
 ) -> None:
     with pytest.raises(RayDistillError, match=message):
         checked(change(CONFIG))
+
+
+def test_a_dry_run_lists_the_default_sweeps_trials(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sweep", str(JOBS / "sweep_dmd2_coco.py"), "--dry-run", f"output_dir={tmp_path}"])
+    assert end.value.code == 0
+    trials = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
+    assert len(trials) == 8
+    assert trials[0] == "trial 0: {'method.critic_updates_per_generator': 1, 'teacher.guidance_scale': 1.5}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracking_server_that_is_not_there_is_told_of_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([
+            "sweep", str(JOBS / "sid_cifar10.py"), "--over", "method.alpha=1,1.2", "--dry-run",
+            f"output_dir={tmp_path}", "tracking.uri=http://anna:geheim@127.0.0.1:9",
+        ])  # fmt: skip
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "http://***@127.0.0.1:9 does not answer" in line
+    assert "tracking.uri" in line
