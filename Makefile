@@ -1,5 +1,6 @@
 # make demo   distil the embedded teacher, from a bare Python 3.11 to figures and pictures
 # make test   the whole test suite
+# make tools  what the tests start beside Python, from Debian (a part of make test; needs root)
 # make lint   formatting, lint and types, as CI checks them
 # Where a CPU build of torch is wanted: make venv PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -8,7 +9,7 @@ PIP_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo tools test lint clean
 
 venv: $(STAMP)
 
@@ -21,8 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/raydistill submit --stop-head -- python jobs/dmd2_coco.py
 
-test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --maxschedchunk 1
+tools: $(STAMP)
+	.ci/debian-packages
+	-dashboards/get_prometheus $(VENV)/prometheus
+
+test: $(STAMP) tools
+	$(VENV)/bin/python -m pytest -n 3 --maxschedchunk 1
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

@@ -34,6 +34,7 @@ examples:
   raydistill submit -- python jobs/dmd2_coco.py         the same as a Ray job, on a local head
   raydistill sample runs/dmd2_coco --prompt "a red circle" --out circle.png
   raydistill evaluate runs/dmd2_coco --num-samples 2000
+  raydistill report runs/dmd2_coco runs/ten --out report.html
   raydistill export runs/dmd2_coco one_step_pipeline    a folder for diffusers' from_pretrained
   raydistill methods --json
 
@@ -144,6 +145,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
     from raydistill.config import apply_overrides
     from raydistill.sweep.config import checked, parse_space, trials_of
+    from raydistill.tracking import require_store
 
     given = {
         "metric": arguments.metric,
@@ -163,6 +165,7 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
     )
     if arguments.dry_run:
         config = checked(config)
+        require_store(config.run.tracking, config.run.run_dir)
         print(f"{config.name}: {config.search} search by {config.figure} ({config.mode})")
         for name, values in config.space.items():
             print(f"  {name}: {values}")
@@ -185,7 +188,23 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
         print(
             f"best: {best.name} ({board.config.figure} {best.metric:.4g} at update {best.step}): {best.settings}"
         )
+    results = board.results
+    if results["export"]:
+        print(f"exported: {where}/export (update {results['export_step']} of {best.name if best else ''})")
+    else:
+        print(f"not exported: {results['export_error']}")
+    if "registered" in results:
+        print(f"registered: {results['registered'] or 'not, see the warning'}")
+    if results["report"]:
+        print(f"report: {where}/report.html")
     print(f"sweep: {where}/sweep.json", flush=True)
+    if board.failed:
+        from raydistill.errors import TrainingError
+
+        raise TrainingError(
+            f"{len(board.failed)} of {len(board.rows)} trials failed, --resume tries them again; "
+            f"{board.failed[0].name}: {board.failed[0].error}"
+        )
     return 0
 
 
@@ -307,7 +326,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from raydistill.runtime.commands import evaluate
 
     metrics = evaluate(
-        arguments.run, num_samples=arguments.num_samples, step=arguments.step, weights=arguments.weights
+        arguments.run,
+        num_samples=arguments.num_samples,
+        step=arguments.step,
+        weights=arguments.weights,
+        tracking_uri=arguments.tracking_uri,
     )
     print(json.dumps(metrics, indent=2))
     return 0
@@ -321,6 +344,23 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.check:
         difference = export_difference(arguments.run, arguments.out, prompts=arguments.check, **chosen)
         print(f"maximum difference of the folder's images from the run's own, of 1: {difference:.1e}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if bool(arguments.runs) == (arguments.experiment is not None):
+        raise ConfigError(
+            "report needs runs (raydistill report runs/NAME ...) or --experiment NAME, one of the two"
+        )
+    from raydistill.report import write_experiment_report, write_report
+
+    chosen = {"tracking_uri": arguments.tracking_uri}
+    if arguments.experiment is not None:
+        title = arguments.title or f"raydistill: experiment {arguments.experiment}"
+        print(write_experiment_report(arguments.experiment, arguments.out, title, **chosen))
+        return 0
+    named = ", ".join(Path(run).name for run in arguments.runs[:3]) + ", ..." * (len(arguments.runs) > 3)
+    print(write_report(arguments.runs, arguments.out, arguments.title or f"raydistill: {named}", **chosen))
     return 0
 
 
@@ -471,8 +511,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (%(default)s)")
     sample.add_argument("--out", default="samples.png", metavar="FILE", help="PNG to write (%(default)s)")
     evaluate = add("evaluate", _evaluate, "measure a run's generator", _EVALUATE)
-    _add_snapshot_arguments(evaluate)
+    _add_snapshot_arguments(evaluate, "folder of a run, runs/NAME, or of its export, or models:/NAME@best")
     evaluate.add_argument("--num-samples", type=int, metavar="N", help="images; as the run's own by default")
+    where = "MLflow that holds models:/NAME@best (MLFLOW_TRACKING_URI, else runs/mlflow.db)"
+    evaluate.add_argument("--tracking-uri", metavar="URI", help=where)
     export = add("export", _export, "write a run's generator as a folder like its teacher's", _EXPORT)
     _add_snapshot_arguments(export)
     export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
@@ -481,6 +523,18 @@ def _parser() -> argparse.ArgumentParser:
         "run's own"
     )
     export.add_argument("--check", nargs="+", metavar="PROMPT", help=check)
+
+    report = add("report", _report, "compare runs on one HTML page", _REPORT)
+    sources = "folder of a run or of a sweep, or the id of an MLflow run (a parent's: its children)"
+    report.add_argument("runs", nargs="*", metavar="RUN", help=sources)
+    report.add_argument("--experiment", metavar="NAME", help="all runs of an MLflow experiment instead")
+    report.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow's, for ids and experiments (sqlite runs/mlflow.db)"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="to write (%(default)s)"
+    )
+    report.add_argument("--title", metavar="TEXT", help="the page's heading; names the runs by default")
 
     methods = add("methods", _methods, "the methods, with paper, needs and job")
     methods.add_argument("--json", action="store_true", help="as JSON")
@@ -542,8 +596,8 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME")
+def _add_snapshot_arguments(parser: argparse.ArgumentParser, run: str = "folder of a run, runs/NAME") -> None:
+    parser.add_argument("run", metavar="RUN", help=run)
     parser.add_argument("--step", type=int, metavar="N", help="of which snapshot; the newest by default")
     parser.add_argument("--weights", choices=("ema", "raw"), help="averaged or not; as the run by default")
 
@@ -574,10 +628,23 @@ In seconds, with times measured on one such device and a network:
 The prediction leaves out that a rank is less efficient with few samples (its times shrink in proportion to them, but
 for the optimiser's step), packing, data, snapshots and the averaging of figures."""
 _SAMPLE = 'raydistill sample runs/dmd2_coco --prompt "a red circle" --prompt "a blue square" --out grid.png'
-_EVALUATE = "Prints the metrics as JSON; a metric's name carries its number of samples."
+_EVALUATE = """\
+Prints the metrics as JSON; a metric's name carries its number of samples. Of a model that was registered
+(tracking.register_as), the registered files are evaluated, and give the figure of its tags again:
+
+  raydistill evaluate models:/NAME@best --tracking-uri sqlite:///runs/mlflow.db"""
 _EXPORT = """\
 Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER).
 Of a class-conditional one: edm.json and model.safetensors, which teacher.path takes."""
+_REPORT = """\
+One file that opens from the disk, without network or scripts: the evaluator's figures against updates, images and
+seconds; a final table with the protocol; quality against accuracy with its Pareto front; a map over critic updates and
+guidance; samples of the same noise across runs and over training, with the teacher's; losses. Runs that go on are
+reported as far as they have come. Figures of different protocols are refused.
+
+  raydistill report runs/dmd2_coco runs/ratio10
+  raydistill report runs/sweep_dmd2_coco --out sweep.html
+  raydistill report --experiment raydistill --tracking-uri http://127.0.0.1:5000"""
 _SUBMIT = """\
 Starts a head on 127.0.0.1 if none runs, sends Ray's auth token where one exists, and attaches to the log
 again when it breaks off. Ctrl-C asks whether to stop the job. The exit code is the job's.

@@ -13,7 +13,19 @@ from raydistill.errors import DataError
 from raydistill.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("train", "plan", "sample", "evaluate", "export", "methods", "submit", "teachers", "up", "down")
+COMMANDS = (
+    "train",
+    "plan",
+    "sample",
+    "evaluate",
+    "export",
+    "report",
+    "methods",
+    "submit",
+    "teachers",
+    "up",
+    "down",
+)
 
 # A job file with settings of its own: what is tested here is the command line, not a run.
 JOB = '''

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each may import those before it, and itself.
-SPINE = ("errors", "diffusion", "models", "methods", "roles", "runtime", "sweep", "cli", "jobs")
+SPINE = ("errors", "diffusion", "models", "methods", "roles", "runtime", "report", "sweep", "cli", "jobs")
 # Beside the spine: these import errors and diffusion; roles and what follows import them.
 BESIDE = ("data", "eval", "checkpoint", "tracking")
 # These import errors only, and anyone may import them.

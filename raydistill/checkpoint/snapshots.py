@@ -200,6 +200,16 @@ class Snapshots:
                 log.warning("skipping a broken snapshot: %s", error)
         return None
 
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What was given to `commit` at `step`; the weights are neither read nor checked.
+
+        Raises CheckpointError if it is not a manifest.
+        """
+        name = f"{_folder_name(step)}/{MANIFEST}"
+        document = _parse_manifest(self._store.read(name), f"{self.root}/{name}", step)
+        manifest: dict[str, Any] = document["manifest"]
+        return manifest
+
     def read(self, step: int) -> Snapshot:
         """The snapshot of `step`.
 

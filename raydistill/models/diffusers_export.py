@@ -58,6 +58,18 @@ def export_pipeline(
     return out
 
 
+def exported_weights(folder: Path) -> dict[str, Tensor]:
+    """The generator's weights in a folder that `export_pipeline` wrote, by the names of `UNetDenoiser`.
+
+    Raises ConfigError if they can't be read.
+    """
+    try:
+        unet = import_diffusers().UNet2DConditionModel.from_pretrained(folder / "unet")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder / 'unet'} can't be read: {error}") from error
+    return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+
+
 def few_step_scheduler(teacher_config: dict[str, Any], timesteps: Sequence[float]) -> Any:
     """An LCMScheduler that visits exactly `timesteps` when asked for `len(timesteps)` steps.
 

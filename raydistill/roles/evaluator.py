@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,11 @@ from raydistill.diffusion.random import Draws
 from raydistill.diffusion.samplers import ddim, heun, karras_times, trailing_times
 from raydistill.diffusion.schedules import VPDiscreteSchedule
 from raydistill.errors import ConfigError
-from raydistill.eval.detectors import DetectorName, detector_for
+from raydistill.eval.detectors import ACCURACY, DetectorName, detector_for
 from raydistill.eval.frechet import FeatureStatistics, frechet_distance
 from raydistill.eval.grids import grid_png
 from raydistill.eval.kid import kernel_distance
-from raydistill.eval.protocol import Protocol, to_uint8
+from raydistill.eval.protocol import Protocol, count_label, to_uint8
 from raydistill.methods.method import Method
 from raydistill.models.denoiser import Cond, denoise_guided
 from raydistill.models.pipeline import Pipeline
@@ -42,6 +43,12 @@ class EvaluatorConfig:
     """Whether snapshots are evaluated at all."""
     every: int = 50
     """Generator updates between evaluated snapshots; the first and the last one always are."""
+    may_skip: bool = True
+    """Pass over snapshots while a newer one waits, where the evaluator is slower than training; false: each that is due
+    gets its figures, which sweeps need to compare trials at the same update."""
+    best_by: Literal["toyfid", "toykid", "accuracy"] = "toyfid"
+    """Figure by which a run's best snapshot is chosen, which is kept, exported and registered: the least distance or
+    the most accuracy."""
     coco: str = "builtin:scenes"
     """COCO-format folder of the reference images and the captions that are drawn; builtin:scenes and builtin:digits are
     written by the project."""
@@ -71,6 +78,17 @@ class EvaluatorConfig:
     head_start_s: float = 60.0
     """Seconds that training waits at most for the teacher's figure and the first snapshot's, where the evaluator has no
     GPU: beside training they would take many times as long, and slow it down."""
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """Full names of what is reported of a generator, by what `best_by` calls them."""
+        names = {"toyfid": "toyfid", "toykid": "toykid", "accuracy": ACCURACY.get(self.detector, "accuracy")}
+        return {short: f"eval/{name}_{count_label(self.num_samples)}" for short, name in names.items()}
+
+    @property
+    def best_metric(self) -> str:
+        """Full name of the figure that `best_by` means."""
+        return self.figures[self.best_by]
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:
@@ -114,8 +132,10 @@ class Evaluator:
         *,
         device: torch.device | str = "cpu",
         cache_dir: str | None = None,
+        channels_last: bool = True,
     ):
-        """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights.
+        """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights. channels_last: of the
+        networks' memory.
 
         Raises ConfigError if the reference has too few captions or the images are not of the detector's size.
         """
@@ -127,8 +147,9 @@ class Evaluator:
         self._cache_dir = Path(cache_dir) if cache_dir else None
         self._generator = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
         self._critic = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
-        for denoiser in (pipeline.denoiser, self._generator, self._critic):
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if channels_last:
+            for denoiser in (pipeline.denoiser, self._generator, self._critic):
+                denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._draws = Draws(config.seed)
         self._detector = detector_for(config.detector).to(device)
         if pipeline.image_size != self._detector.image_size:
@@ -181,13 +202,17 @@ class Evaluator:
 
     def evaluate(self, snapshot: Snapshot) -> Evaluation:
         """Figures and picture of a snapshot's generator."""
-        started = time.monotonic()
-        self._generator.load_state_dict(generator_weights(snapshot, self.config.weights))
-        metrics = self._figures(self._generate, self.protocol, "")
-        metrics["eval/seconds"] = time.monotonic() - started
+        metrics = self.figures(generator_weights(snapshot, self.config.weights))
         critic, _ = snapshot.part("critic")
         self._critic.load_state_dict(unprefixed(critic, "weights/denoiser."))
         return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
+
+    def figures(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures of the generator with these weights of its denoiser."""
+        started = time.monotonic()
+        self._generator.load_state_dict(weights)
+        metrics = self._figures(self._generate, self.protocol, "")
+        return metrics | {"eval/seconds": time.monotonic() - started}
 
     def evaluate_teacher(self) -> Evaluation:
         """The teacher's own figures: its sampler, guided, same noise and captions; cached by protocol and weights.
@@ -273,7 +298,10 @@ class Evaluator:
 
     @torch.no_grad()
     def _picture(self, step: int) -> bytes:
-        """Rows for the same noise: generator, what teacher and critic make of its noised samples, teacher's own."""
+        """Rows for the same noise: generator, what teacher and critic make of its noised samples, teacher's own.
+
+        A report takes the first and the last one.
+        """
         indices = list(range(self.config.grid_images))
         if self._teacher_grid is None:
             self._teacher_grid = self._generate_teacher(indices).cpu()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,18 +22,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import EvaluatorError, RayDistillError
 from raydistill.roles.evaluator import Evaluation, Evaluator
+from raydistill.runtime.prometheus import Figures
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
 from raydistill.runtime.settings import config_from_dict
-from raydistill.tracking import Tracker
+from raydistill.tracking import RunInput, Tracker
 
 
 class _TrackerActor:
-    """Nobody waits for `metrics`, `tags` and `artifact_bytes`, so what they raise is kept for the next `sync`."""
+    """What is recorded without an answer (`metrics`, `tags`, `inputs`, `artifact_bytes`) keeps what it raises for the
+    next `sync`."""
 
     def __init__(self, config: dict[str, Any]):
         self._config = config_from_dict(config)
         self._opened: Tracker | None = None
         self._failure: Exception | None = None
+        self._figures = Figures(self._config.name)
+        self._figures.update({"target_updates": self._config.train.generator_updates})
 
     @property
     def _tracker(self) -> Tracker:
@@ -49,10 +53,18 @@ class _TrackerActor:
         self._tracker.params(flat)
 
     def metrics(self, values: dict[str, float], step: int, timestamp_ms: int) -> None:
-        self._keep_failure(lambda: self._tracker.metrics(values, step, timestamp_ms))
+        def record() -> None:
+            unsent = self._tracker.progress()["unsent_bytes"]  # before these, which wait for the next batch
+            self._tracker.metrics(values, step, timestamp_ms)
+            self._figures.update(values | {"tracking/unsent_bytes": unsent})
+
+        self._keep_failure(record)
 
     def tags(self, tags: dict[str, Any]) -> None:
         self._keep_failure(lambda: self._tracker.tags(tags))
+
+    def inputs(self, inputs: list[RunInput]) -> None:
+        self._keep_failure(lambda: self._tracker.inputs(inputs))
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str) -> None:
         self._keep_failure(lambda: self._tracker.artifact_bytes(data, name, artifact_path))
@@ -141,6 +153,9 @@ class ActorTracker:
 
     def tags(self, tags: Mapping[str, Any]) -> None:
         self._handle.tags.remote(dict(tags))
+
+    def inputs(self, inputs: Sequence[RunInput]) -> None:
+        self._handle.inputs.remote(list(inputs))
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
         self._handle.artifact_bytes.remote(data, name, artifact_path)

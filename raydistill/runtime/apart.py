@@ -199,6 +199,7 @@ class GeneratorRank(GeneratorSide):
         self._owed.append(update)
         values |= self._critic_figures(int(is_stale(self.config, update + 1)))
         values |= self.teacher.figures() | {"time/critic_wait_s": waited, "time/generator_s": busy}
+        values |= {"traffic/critic_bytes": float(self._wired.lanes.take_bytes())}
         return values | self.count(time.perf_counter() - started)
 
     def _release(self, micro: int) -> None:

@@ -59,8 +59,8 @@ class Batches:
         self.world = world
         self.device = device
         self._pipeline = pipeline
-        self.fingerprint = ""
-        """sha256 of the shards' contents; empty where batches come from elsewhere."""
+        self.fingerprint, self.num_samples = "", 0
+        """sha256 of the shards' contents and the samples in them; empty where batches come from elsewhere."""
         if open_reader is None:
             data = config.data
             self._shards = ShardSet(
@@ -69,7 +69,7 @@ class Batches:
                 endpoint_url=data.endpoint_url,
                 timeout_s=data.timeout_s,
             )
-            self.fingerprint = self._shards.fingerprint
+            self.fingerprint, self.num_samples = self._shards.fingerprint, self._shards.num_samples
         self._open_reader = open_reader or self._open_shards
         size = config.train.batch_size
         self.micro_batch_size = config.train.micro_batch(world.size)

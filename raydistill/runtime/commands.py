@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -22,7 +23,8 @@ from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.services import build_evaluator
 from raydistill.runtime.settings import RunConfig, config_from_dict
-from raydistill.runtime.summary import export_snapshot
+from raydistill.runtime.summary import EXPORT_FILE, export_snapshot, open_export
+from raydistill.tracking import download_model
 
 
 def open_run(run: str, step: int | None, weights: Weights | None) -> tuple[RunConfig, Snapshot]:
@@ -88,19 +90,36 @@ def sample_images(
 
 
 def evaluate(
-    run: str, *, num_samples: int | None = None, step: int | None = None, weights: Weights | None = None
+    run: str,
+    *,
+    num_samples: int | None = None,
+    step: int | None = None,
+    weights: Weights | None = None,
+    tracking_uri: str | None = None,
 ) -> dict[str, object]:
-    """Figures of a run's generator and of its teacher, with the protocol's hash."""
-    config, snapshot = open_run(run, step, weights)
+    """Figures of a generator and of its teacher, with the protocol's hash.
+
+    run: folder of a run, of an export, or a registered model (models:/NAME@best) of the MLflow at `tracking_uri`.
+    """
+    if run.startswith("models:/"):
+        with TemporaryDirectory(prefix="raydistill-") as folder:
+            config, update, generator = open_export(download_model(run, tracking_uri, folder))
+    elif (Path(run) / EXPORT_FILE).is_file():
+        config, update, generator = open_export(Path(run))
+    else:
+        config, snapshot = open_run(run, step, weights)
+        update, generator = snapshot.step, generator_weights(snapshot, config.evaluator.weights)
+        step = weights = None
+    if step is not None or weights is not None:
+        raise ConfigError(f"{run} is one export of update {update}: leave --step and --weights out")
     if num_samples is not None:
         columns = min(config.evaluator.grid_images, num_samples)
         config = replace(
             config, evaluator=replace(config.evaluator, num_samples=num_samples, grid_images=columns)
         )
     evaluator = build_evaluator(config)
-    answer = evaluator.evaluate(snapshot)
-    figures: dict[str, object] = dict(answer.metrics | evaluator.evaluate_teacher().metrics)
-    return figures | {"step": snapshot.step, "protocol_hash": answer.protocol["hash"]}
+    figures: dict[str, object] = dict(evaluator.figures(generator) | evaluator.evaluate_teacher().metrics)
+    return figures | {"step": update, "protocol_hash": evaluator.protocol.hash()}
 
 
 def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import active_children, get_context
@@ -26,7 +23,8 @@ from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.run import resolve, run
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict, validate
-from raydistill.tracking import Tracker, previous_run_id
+from raydistill.runtime.signals import on_sigterm
+from raydistill.tracking import Tracker, previous_run_id, require_store
 
 Summary = dict[str, Any]
 
@@ -47,6 +45,7 @@ def compare(
     for config in configs:
         validate(config)
     first = configs[0]
+    require_store(first.tracking, first.run_dir)
     for config in configs:
         prepare_builtin(config)
         prepare_shards(config)
@@ -67,7 +66,7 @@ def compare(
     bar = tqdm(total=len(children), desc=name, unit="run")
     try:
         with (
-            _sigterm_passed_on(),
+            on_sigterm(_stop_children),
             ProcessPoolExecutor(at_once, get_context("spawn"), _few_threads, (threads,)) as pool,
         ):
             # handed out one by one: what the pool holds in advance it would begin after an error, or after SIGTERM
@@ -97,22 +96,10 @@ def compare(
     return [done[each] for each in names], parent
 
 
-@contextmanager
-def _sigterm_passed_on() -> Iterator[None]:
-    """SIGTERM to this process stops the runs, each with a snapshot; by itself it would leave them running."""
-
-    def pass_on(signum: int, frame: object) -> None:
-        for child in active_children():
-            child.terminate()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop_children() -> None:
+    """Each with a snapshot; SIGTERM to this process by itself would leave them running."""
+    for child in active_children():
+        child.terminate()
 
 
 def _few_threads(threads: int) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.checkpoint import Snapshots
 from raydistill.config import flatten, to_dict
-from raydistill.errors import CheckpointError, ConfigError
-from raydistill.eval.protocol import count_label
+from raydistill.errors import CheckpointError, ConfigError, TrackingError
+from raydistill.runtime.node_load import NodeLoad
 from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, Session
 from raydistill.runtime.settings import (
     NUMERIC_PLACEMENT,
     RESUMABLE_CHANGES,
     RunConfig,
+    teacher_folder,
     without_secret_settings,
 )
+from raydistill.tracking import RunInput
 
 log = logging.getLogger(__name__)
 
@@ -134,10 +138,13 @@ class Keeper:
             else None
         )
         self._committing: int | None = None
+        self._load = NodeLoad(session.device)
 
     def begin(self) -> None:
-        """The snapshot of step 0 and what a killed run left unevaluated."""
+        """What the run is made from, the snapshot of step 0, and what a killed run left unevaluated."""
         step = self.trainer.progress.generator_updates
+        self.session.tracker.inputs(inputs_of(self.trainer))
+        self.session.tracker.metrics({"restarts": float(count_start(self.config.run_dir, step))}, step)
         if self.queue:
             self.queue.submit(TEACHER_STEP, must=True)
             for older in self.snapshots.steps():
@@ -152,7 +159,9 @@ class Keeper:
     def after_update(self, values: dict[str, float]) -> None:
         step = self.trainer.progress.generator_updates
         if step % self.config.train.log_every == 0 or step == self.config.train.generator_updates:
-            self.session.tracker.metrics(values | self.trainer.batches.counters(), step)
+            values |= self.trainer.batches.counters() | self._load.sample()
+            values |= self.queue.figures(step) if self.queue else {}
+            self.session.tracker.metrics(values, step)
         figures = self.writer.finished()
         if figures:
             self._committed(figures)
@@ -186,7 +195,7 @@ class Keeper:
         if self._committing is not None:
             self._committed(self.writer.wait())
         protected = self.queue.pending_steps() if self.queue else set()
-        best = self.queue.best_step(best_metric(self.config)) if self.queue else None
+        best = self.queue.best_step(self.config.evaluator.best_metric) if self.queue else None
         protected |= {best} if best is not None else set()
         if is_evaluated_step(self.config, step):
             protected.add(step)
@@ -204,7 +213,29 @@ class Keeper:
             self.queue.submit(step, must=self._must(step))
 
     def _must(self, step: int) -> bool:
-        return step in (0, self.config.train.generator_updates)
+        return not self.config.evaluator.may_skip or step in (0, self.config.train.generator_updates)
+
+
+def inputs_of(trainer: Rank) -> list[RunInput]:
+    """Teacher and training shards as a tracker records them."""
+    config, batches = trainer.config, trainer.batches
+    teacher = RunInput("teacher", "teacher", trainer.pipeline.fingerprint, teacher_folder(config.teacher))
+    shards = RunInput(
+        "training_shards", "training", batches.fingerprint, config.data.shards, batches.num_samples
+    )
+    return [teacher, shards] if batches.fingerprint else [teacher]
+
+
+def count_start(run_dir: str, update: int) -> int:
+    """Note that training begins at this update; returns how many times it had begun before."""
+    path = Path(run_dir) / "starts.jsonl"
+    try:
+        with path.open("a+") as file:
+            file.write(json.dumps({"time": time.time(), "update": update}) + "\n")
+            file.seek(0)
+            return len(file.readlines()) - 1
+    except OSError as error:
+        raise TrackingError(f"can't write {path} (output_dir): {error.strerror or error}") from error
 
 
 def manifest_of(trainer: Rank, session: Session) -> dict[str, Any]:
@@ -256,8 +287,3 @@ def is_snapshot_step(config: RunConfig, step: int) -> bool:
 def all_meet_at(config: RunConfig, step: int) -> bool:
     """Whether all ranks wait for each other at the end of this update: for a snapshot, or to look for preemption."""
     return is_snapshot_step(config, step) or step % PREEMPTION_EVERY == 0
-
-
-def best_metric(config: RunConfig) -> str:
-    """The metric whose lowest value marks the best snapshot."""
-    return f"eval/toyfid_{count_label(config.evaluator.num_samples)}"

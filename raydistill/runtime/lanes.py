@@ -35,6 +35,7 @@ class Lanes:
         self._device = device
         self._leaving: list[tuple[Any, Tensor]] = []
         self._left_before: list[tuple[Any, Tensor]] = []
+        self._bytes = 0
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Returns at once; the tensor must not be changed in place afterwards."""
@@ -43,6 +44,7 @@ class Lanes:
     def expect(self, shape: Sequence[int], source: int) -> Expected:
         """Post a receive."""
         buffer = torch.empty(tuple(shape), device=self._device)
+        self._bytes += buffer.nbytes
         return Expected(dist.irecv(buffer, source), buffer)
 
     def receive(self, shape: Sequence[int], source: int) -> Tensor:
@@ -70,6 +72,11 @@ class Lanes:
         parsed = json.loads(buffer.numpy().tobytes())
         return {name: float.fromhex(value) for name, value in parsed.items()}
 
+    def take_bytes(self) -> int:
+        """Bytes of what was sent and of the tensors that were expected, since this was last asked."""
+        moved, self._bytes = self._bytes, 0
+        return moved
+
     def begin_window(self) -> None:
         """Let go of what was sent in the window before the last one: the other side has asked for all of it."""
         for work, _ in self._left_before:
@@ -78,5 +85,6 @@ class Lanes:
 
     def _post(self, tensor: Tensor, to: int) -> None:
         buffer = tensor.contiguous()
+        self._bytes += buffer.nbytes
         # gloo does not copy: the buffer must live until it has left
         self._leaving.append((dist.isend(buffer, to), buffer))

@@ -82,6 +82,7 @@ class TeacherPool:
         """Queries that were out at a time since the last report."""
         self._reported = 0.0
         self._waited_s = 0.0
+        self._bytes = 0
         self._retries = 0
         self.denoiser: Denoiser = RemoteDenoiser(self, denoiser)
         self._refresh()
@@ -95,15 +96,22 @@ class TeacherPool:
         return _Tickets([_Ticket(self, _rows(query, n, n + chunk)) for n in range(0, size, chunk)])
 
     def figures(self) -> dict[str, float]:
-        """Seconds waited for answers, and calls repeated because a replica died or was slow."""
+        """Seconds waited for answers, bytes moved, and calls repeated because a replica died or was slow."""
         waited, self._waited_s = self._waited_s, 0.0
+        moved, self._bytes = self._bytes, 0
         return {
             "time/teacher_wait_s": waited,
+            "traffic/teacher_bytes": float(moved),
             "teacher/retries": float(self._retries),
             "teacher/replicas": float(len(self._replicas)),
         }
 
     # the rest is for tickets
+
+    def put(self, packed: Any) -> Any:
+        """A reference to a packed value for the replicas."""
+        self._bytes += wire.num_bytes(packed)
+        return wire.put(packed, self._transport)
 
     def new_key(self) -> str:
         return f"{self._client}/{next(self._keys)}"
@@ -177,6 +185,7 @@ class TeacherPool:
                         asked = now
                     continue
                 self._waited_s += now - started
+                self._bytes += wire.num_bytes(value)
                 return value, done.replica
             self._exchange_with_manager()
             if now - told >= _TELL_S:
@@ -278,12 +287,14 @@ class _Ticket:
         self._key = pool.new_key()
         keep, dtype, transport = query.x_t.requires_grad, pool._dtype, pool._transport
         # put once: a retry sends the reference
-        self._packed = packed = wire.put(wire.pack_query(query, dtype, transport), transport)
+        self._packed = packed = pool.put(wire.pack_query(query, dtype, transport))
         key = (
             self._key
         )  # the call must not hold its ticket: the query would stay in the store until a cycle is found
         self._call: _Call | None = pool.call(
-            lambda replica: wire.returning(replica.answer, transport).remote(packed, key, keep, dtype)
+            lambda replica: wire.returning(replica.answer, transport).remote(
+                packed, key, keep, dtype, time.time()
+            )
         )
         self._answered_by: str | None = None
 
@@ -304,10 +315,10 @@ class _Ticket:
         """Gradient of <answer, cotangent> with respect to x_t, from the kept graph or from a second forward pass."""
         pool, key = self._pool, self._key
         dtype, transport = pool._dtype, pool._transport
-        sent = wire.put(wire.pack(cotangent, dtype, transport), transport)
+        sent = pool.put(wire.pack(cotangent, dtype, transport))
 
         def ask(replica: Any, packed: Any) -> Any:
-            return wire.returning(replica.vjp, transport).remote(packed, key, sent, dtype)
+            return wire.returning(replica.vjp, transport).remote(packed, key, sent, dtype, time.time())
 
         first = pool.call(lambda replica: ask(replica, None), prefer=self._answered_by)
         value, replica = pool.result(first)

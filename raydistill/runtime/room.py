@@ -39,7 +39,7 @@ def choose_workers(nodes: Sequence[Mapping[str, float]], config: RunConfig) -> i
         return 1
     two = replace(config, placement=replace(config.placement, workers=2))
     divisible = config.train.batch_size % (2 * (config.train.micro_batch_size or 1)) == 0
-    return 2 if divisible and _fits(nodes, two, max(1, config.placement.cpus_per_worker)) else 1
+    return 2 if divisible and has_room(nodes, two, max(1, config.placement.cpus_per_worker)) else 1
 
 
 def worker_cpus(config: RunConfig) -> int:
@@ -48,12 +48,13 @@ def worker_cpus(config: RunConfig) -> int:
         return config.placement.cpus_per_worker
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = int(max((node.get("CPU", 0.0) for node in nodes), default=1.0))
-    return next((share for share in range(most, 1, -1) if _fits(nodes, config, share)), 1)
+    return next((share for share in range(most, 1, -1) if has_room(nodes, config, share)), 1)
 
 
-def _fits(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int) -> bool:
+def has_room(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int, runs: int = 1) -> bool:
+    """Whether `check_room` refuses nothing."""
     try:
-        check_room(nodes, config, cpus)
+        check_room(nodes, config, cpus, runs)
     except PlacementError:
         return False
     return True
@@ -82,17 +83,20 @@ def find_room(config: RunConfig) -> Room:
 
 
 def check_room(
-    nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int
+    nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int, runs: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """`find_room` for these nodes' resources and CPUs of a worker: numbers of the nodes of evaluator and teachers.
 
-    Empty for a service that takes neither CPU nor GPU.
+    Empty for a service that takes neither CPU nor GPU. runs: how many such runs there are to be at a time; a teacher
+    service they share.
     """
     placement = config.placement
     worker = {"CPU": float(cpus), "GPU": float(placement.gpus_per_worker)}
     teachers = 0 if placement.mode == "colocated" else placement.teacher_replicas
+    teachers *= 1 if placement.teacher_service else runs
+    workers = placement.workers * runs
     services = [
-        ("evaluator", int(config.evaluator.enabled), "", {"GPU": ("evaluator_gpus", placement.evaluator_gpus)}),
+        ("evaluator", runs * config.evaluator.enabled, "", {"GPU": ("evaluator_gpus", placement.evaluator_gpus)}),
         (
             "teachers", teachers, f"placement.teacher_replicas={teachers} x ",
             {
@@ -129,13 +133,13 @@ def check_room(
         taken[name] = tuple(where)
         for kind in amounts if count else ():
             beside[kind] += f" beside {named[kind]}"
-    if sum(node.places(worker) for node in free) < placement.workers:
+    if sum(node.places(worker) for node in free) < workers:
         amounts = {kind: amount for kind, amount in worker.items() if amount}
-        short = [k for k in amounts if sum(n.places({k: amounts[k]}) for n in free) < placement.workers]
+        short = [k for k in amounts if sum(n.places({k: amounts[k]}) for n in free) < workers]
         kinds = short[:1] or list(amounts)
         each = " with ".join(f"placement.{kind.lower()}s_per_worker={worker[kind]:g}" for kind in kinds)
         raise PlacementError(
-            f"placement.workers={placement.workers} x {each}{''.join(beside[kind] for kind in kinds)} does not fit: "
+            f"placement.workers={workers} x {each}{''.join(beside[kind] for kind in kinds)} does not fit: "
             f"{'; '.join(there[kind] for kind in kinds)}; lower one of them or add nodes"
         )
     return taken

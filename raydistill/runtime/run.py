@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,10 +22,11 @@ from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.local_cluster import address_to_join, free_ports, prepare_to_join
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
-from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop
+from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop, stop_requested
 from raydistill.runtime.settings import RunConfig, validate
+from raydistill.runtime.signals import on_sigterm
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
-from raydistill.tracking import journal_is_held
+from raydistill.tracking import journal_is_held, require_store
 
 if TYPE_CHECKING:
     from raydistill.runtime.room import Room
@@ -51,8 +51,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     config = resolve(config)
     validate(config)
+    require_store(config.tracking, config.run_dir)  # before data is prepared, which may take minutes
     warn_if_not_exportable(config)
-    _check_folder(config)
+    check_folder(config)
     made, total = _snapshots(config).steps(), config.train.generator_updates
     if made and made[-1] >= total:
         log.warning(
@@ -66,7 +67,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         _run_inline(config)
     else:
         _run_on_ray(config)
-    if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
+    if _was_stopped(config):
         newest = _snapshots(config).steps()[-1]
         raise InterruptedRunError(
             f"stopped at update {newest} as asked; the same command goes on from its snapshot"
@@ -126,7 +127,7 @@ def _run_inline(config: RunConfig) -> None:
     from raydistill.runtime import loop
     from raydistill.runtime.build import pick_device
     from raydistill.runtime.services import LocalEvaluator, LocalTracker, open_tracker
-    from raydistill.runtime.session import EvaluatorLike, TrackerLike, stop_requested
+    from raydistill.runtime.session import EvaluatorLike, TrackerLike
     from raydistill.runtime.trainer import Trainer
 
     prepare_builtin(config)
@@ -164,7 +165,7 @@ def _run_inline(config: RunConfig) -> None:
         tracker.params(flatten(config))
         with _stop_on_sigterm(config.run_dir), show_progress(config, tracker.progress):
             loop.train(config, InlineSession())
-        status = _close(config, tracker.run_id, tracker.artifact)
+        status = _close(config, tracker.run_id, tracker.artifact, tracker.tags)
     finally:
         tracker.finish(status)
 
@@ -228,7 +229,10 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
         with _stop_on_sigterm(config.run_dir), show_progress(config, progress):
             ray_train.fit(config, tracker, evaluator, teachers, run_id)
         status = _close(
-            config, run_id, lambda path, folder: actors.get(tracker.artifact.remote(path, folder))
+            config,
+            run_id,
+            lambda path, folder: actors.get(tracker.artifact.remote(path, folder)),
+            lambda tags: actors.get(tracker.tags.remote(tags)),
         )
     finally:
         if opened:
@@ -289,18 +293,36 @@ def _workers_know(address: str) -> dict[str, Any]:
     return {"env_vars": {"RAY_ADDRESS": address}}
 
 
-def _close(config: RunConfig, run_id: str, artifact: Callable[[str, str], Any]) -> str:
+def _close(
+    config: RunConfig,
+    run_id: str,
+    artifact: Callable[[str, str], Any],
+    tags: Callable[[dict[str, Any]], Any],
+) -> str:
     """Summary and export of a complete run; the MLflow status."""
-    if os.path.exists(f"{config.run_dir}/{STOP_FILE}"):
+    if _was_stopped(config):
         return "KILLED"
     path = summarise(config, run_id)
     artifact(str(path), "")
-    if config.evaluator.enabled:
-        artifact(f"{config.run_dir}/{LEDGER}", "")  # the protocol beside every figure
+    summary = json.loads(path.read_text())
+    # its files may be gigabytes: MLflow holds them only as a registered model
+    tags({name: summary[name] for name in ("export", "exported_step") if summary[name] is not None})
     return "FINISHED"
 
 
-def _check_folder(config: RunConfig) -> None:
+def _was_stopped(config: RunConfig) -> bool:
+    """Whether it was asked to stop, and that left something undone."""
+    if not stop_requested(config.run_dir):
+        return False
+    total = config.train.generator_updates
+    if _snapshots(config).steps()[-1] < total:
+        return True
+    return config.evaluator.enabled and str(total) not in json.loads(
+        (Path(config.run_dir) / LEDGER).read_text()
+    )
+
+
+def check_folder(config: RunConfig) -> None:
     """Refuse, before anything starts and with a finished run's record untouched, what could not go on."""
     if journal_is_held(config.run_dir):
         raise ConfigError(
@@ -321,22 +343,14 @@ def _prepare_folder(config: RunConfig) -> None:
     (folder / STOP_FILE).unlink(missing_ok=True)
 
 
-@contextmanager
-def _stop_on_sigterm(run_dir: str) -> Iterator[None]:
+def _stop_on_sigterm(run_dir: str) -> AbstractContextManager[None]:
     """SIGTERM asks the run to write a snapshot and end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def ask(signum: int, frame: object) -> None:
+    def ask() -> None:
         request_stop(run_dir)
         os.write(2, b"raydistill: SIGTERM: writing a snapshot, then stopping\n")  # sys.stderr may be in use
 
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return on_sigterm(ask)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig
-from raydistill.tracking import Tracker, previous_run_id
+from raydistill.tracking import RunInput, Tracker, code_commit, previous_run_id
 
 log = logging.getLogger(__name__)
 
 
 def open_tracker(config: RunConfig) -> Tracker:
     """The run's tracker; goes on with the MLflow run that its folder already has. Raises TrackingError."""
-    return Tracker(config.tracking, config.run_dir, config.name, run_id=previous_run_id(config.run_dir))
+    tracker = Tracker(config.tracking, config.run_dir, config.name, run_id=previous_run_id(config.run_dir))
+    tags = {"method": config.method.label, "placement": config.placement.mode, "commit": code_commit()}
+    tracker.tags({name: value for name, value in tags.items() if value is not None})
+    return tracker
 
 
 def build_evaluator(
@@ -39,6 +42,7 @@ def build_evaluator(
         config.teacher.guidance_scale,
         device=device,
         cache_dir=f"{config.output_dir}/teacher_figures",
+        channels_last=config.train.channels_last,
     )
 
 
@@ -60,6 +64,9 @@ class LocalTracker:
 
     def tags(self, tags: Mapping[str, Any]) -> None:
         self._tracker.tags(tags)
+
+    def inputs(self, inputs: Sequence[RunInput]) -> None:
+        self._tracker.inputs(inputs)
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
         self._tracker.artifact_bytes(data, name, artifact_path)

@@ -9,17 +9,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from raydistill.errors import EvaluatorError, TrackingError
-from raydistill.eval.protocol import SAMPLER_FIELDS
+from raydistill.eval.protocol import SAMPLER_FIELDS, cost
 from raydistill.roles.evaluator import Evaluation
 from raydistill.roles.teacher import Scorer
 from raydistill.roles.world import World
+from raydistill.tracking import RunInput
 
 if TYPE_CHECKING:
     from raydistill.models.pipeline import Pipeline
@@ -37,6 +38,8 @@ class TrackerLike(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
     def tags(self, tags: Mapping[str, Any]) -> None: ...
+
+    def inputs(self, inputs: Sequence[RunInput]) -> None: ...
 
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None: ...
 
@@ -117,6 +120,7 @@ class EvaluationQueue:
         )
         for step in [step for step, entry in self.ledger.items() if entry["state"] == "failed"]:
             del self.ledger[step]
+        self._reference = ""
         self._waiting: list[tuple[int, bool]] = []  # (step, must); the teacher is TEACHER_STEP
         self._running: int | None = None
 
@@ -124,6 +128,14 @@ class EvaluationQueue:
         """Steps whose snapshots must not be deleted yet."""
         steps = {step for step, _ in self._waiting}
         return steps | ({self._running} if self._running is not None else set())
+
+    def figures(self, now: int) -> dict[str, float]:
+        """What waits, and how old the newest figures are; `now`: generator updates made."""
+        done = [int(step) for step, entry in self.ledger.items() if entry["state"] == "done"]
+        return {
+            "eval/queue": float(len(self.pending_steps())),
+            "eval/behind_updates": float(now - max([0, *done])),
+        }
 
     def answered(self, step: int) -> bool:
         return str(step) in self.ledger
@@ -164,6 +176,7 @@ class EvaluationQueue:
             self._tracker.artifact_bytes(evaluation.grid_png, f"grid_{step:08d}.png", "grids")
             self._tracker.tags({"protocol_hash": str(evaluation.protocol.get("hash", ""))})
         self._tracker.metrics(metrics, max(step, 0))
+        self._note_reference(evaluation.protocol)
         self._forget_other_protocols(evaluation.protocol)
         # a figure counts as answered only once it is in the journal
         self._tracker.sync()
@@ -188,17 +201,24 @@ class EvaluationQueue:
                 log.warning("waiting for the evaluation of step(s) %s", sorted(self.pending_steps()))
 
     def best_step(self, metric: str) -> int | None:
-        """The step with the lowest value of a metric among those evaluated."""
+        """The step with the best value of a metric among those evaluated."""
         found = {
             int(s): e["metrics"][metric] for s, e in self.ledger.items() if metric in e.get("metrics", {})
         }
-        return min(found, key=lambda step: found[step]) if found else None
+        return min(found, key=lambda step: cost(metric, found[step]), default=None)
 
     def _start_next(self) -> None:
         if self._running is None and self._waiting:
             step, _ = self._waiting.pop(0)
             self._evaluator.start(step)
             self._running = step
+
+    def _note_reference(self, protocol: Mapping[str, Any]) -> None:
+        sha256 = str(protocol["reference_sha256"])
+        if sha256 != self._reference:
+            self._reference = sha256
+            name, rows = str(protocol["reference"]), int(protocol["num_reference"])
+            self._tracker.inputs([RunInput("evaluation_reference", "evaluation", sha256, name, rows)])
 
     def _forget_other_protocols(self, protocol: Mapping[str, Any]) -> None:
         """Figures made with other references, captions or detectors are no curve together with this one."""
@@ -224,9 +244,13 @@ class EvaluationQueue:
         self.ledger[str(step)] = entry
         partial = self._ledger_file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(self.ledger, indent=1))
+            text = json.dumps(self.ledger, indent=1)
+            partial.write_text(text)
             partial.replace(self._ledger_file)
         except OSError as error:
             raise TrackingError(
                 f"can't write {self._ledger_file} (output_dir): {error.strerror or error}"
             ) from error
+        if entry["state"] == "done":
+            # the protocol beside every figure, in MLflow too while the run goes on
+            self._tracker.artifact_bytes(text.encode(), LEDGER)

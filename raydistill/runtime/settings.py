@@ -17,7 +17,7 @@ from raydistill.methods.method import MethodConfig
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
-from raydistill.tracking import TrackingConfig, without_secrets
+from raydistill.tracking import TrackingConfig, check_tracking, without_secrets
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher", "builtin:digits": ASSETS / "digits_teacher"}
@@ -203,7 +203,8 @@ RESUMABLE_CHANGES = (
     "teacher.path", "teacher.revision",  # the weights themselves are compared
     "resume", "output_dir", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
-    "prepare.", "evaluator.coco", "evaluator.every", "evaluator.batch_size", "evaluator.grid_images",
+    "prepare.", "evaluator.coco", "evaluator.every", "evaluator.may_skip", "evaluator.best_by", "evaluator.batch_size",
+    "evaluator.grid_images",
     "evaluator.threads", "evaluator.idle_priority", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
@@ -223,6 +224,7 @@ def validate(config: RunConfig) -> None:
             f"name={config.name!r} must be of letters, digits, '.', '_' and '-', begin with a letter or digit, and "
             f"be none of {', '.join(_OUR_FOLDERS)}"
         )
+    check_tracking(config.tracking, config.run_dir)
     train = config.train
     for name in ("generator_updates", "batch_size", "log_every"):
         if getattr(train, name) < 1:

@@ -9,23 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raydistill.checkpoint import Snapshot, Snapshots
+from raydistill.config import to_dict
 from raydistill.diffusion.schedules import EDMSchedule
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.detectors import ACCURACY
+from raydistill.eval.protocol import cost
 from raydistill.methods.method import Method
-from raydistill.models.diffusers_export import export_pipeline, few_step_scheduler
+from raydistill.models.diffusers_export import export_pipeline, exported_weights, few_step_scheduler
 from raydistill.models.diffusers_hub import scheduler_config
-from raydistill.models.edm_pipeline import edm_on_meta, is_edm, save_edm
+from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline, save_edm
 from raydistill.roles.generator import generator_weights
 from raydistill.runtime.build import denoiser_on_meta, method_for
-from raydistill.runtime.keeper import best_metric
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
-from raydistill.runtime.settings import RunConfig, teacher_folder
-from raydistill.tracking import OFF, without_secrets
+from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder, without_secret_settings
+from raydistill.tracking import OFF, register_model, without_secrets
 
 log = logging.getLogger(__name__)
+
+EXPORT_FILE = "raydistill.json"
+"""In an exported folder: what it was exported from, so that it can be evaluated as its run did."""
 
 
 def summarise(config: RunConfig, run_id: str) -> Path:
@@ -63,6 +68,10 @@ def summarise(config: RunConfig, run_id: str) -> Path:
         summary |= {"exported_step": best.step, "export": str(exported)}
     except (ConfigError, CheckpointError) as error:  # told of at the start (timesteps), or a full disk
         summary |= {"exported_step": None, "export": None, "export_error": str(error)}
+    if config.tracking.register_as and summary["export"]:
+        summary["registered"] = register_export(
+            config, config.tracking.register_as, best.step, exported, run_id
+        )
     path = folder / "summary.json"
     partial = path.with_suffix(".partial")
     try:
@@ -71,6 +80,32 @@ def summarise(config: RunConfig, run_id: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"can't write {path} (output_dir): {error.strerror or error}") from error
     return path
+
+
+def register_export(config: RunConfig, name: str, step: int, folder: Path, run_id: str) -> str | None:
+    """Make the exported snapshot of `step` a version of the registered model `name`, its alias "best".
+
+    Returns models:/NAME/VERSION, or None, after a warning, where MLflow can't take it.
+    """
+    snapshot = Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).read(step)
+    tags = {
+        "method": config.method.label,
+        "teacher": config.teacher.path,
+        "teacher_fingerprint": snapshot.manifest["teacher_fingerprint"],
+        "guidance_scale": config.teacher.guidance_scale,
+        "generator_update": step,
+    }
+    if config.evaluator.enabled:
+        entry = json.loads((Path(config.run_dir) / LEDGER).read_text()).get(str(step), {})
+        metric = config.evaluator.best_metric
+        if metric in entry.get("metrics", {}):
+            tags |= {
+                "metric": metric,
+                "metric_value": entry["metrics"][metric],
+                "protocol_hash": entry["protocol"]["hash"],
+            }
+    version = register_model(config.tracking, name, folder, run_id, tags)
+    return None if version is None else f"models:/{name}/{version}"
 
 
 def warn_if_not_exportable(config: RunConfig) -> None:
@@ -91,22 +126,45 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
     weights = generator_weights(snapshot, config.evaluator.weights)
     method = _method(config)
     path = teacher_folder(config.teacher)
-    if is_edm(path):
+    if not is_edm(path):
+        export_pipeline(
+            path,
+            weights,
+            out,
+            timesteps=_timesteps(method),
+            prediction=config.teacher.prediction,
+            revision=config.teacher.revision,
+        )
+    else:
         made = {
             "method": config.method.kind,
             "sampler": method.sampler,
             "sigmas": list(method.sampling_times),
         }
         save_edm(out, edm_on_meta(path)[0].config, weights, {"generator": made})
-        return out
-    return export_pipeline(
-        path,
-        weights,
-        out,
-        timesteps=_timesteps(method),
-        prediction=config.teacher.prediction,
-        revision=config.teacher.revision,
-    )
+    described = {
+        "generator_update": snapshot.step,
+        "config": to_dict(without_secret_settings(config)),
+    }
+    try:
+        (out / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
+    return out
+
+
+def open_export(folder: Path) -> tuple[RunConfig, int, dict[str, Tensor]]:
+    """Settings, generator update and weights of a folder that `export_snapshot` wrote. Raises ConfigError."""
+    try:
+        described = json.loads((folder / EXPORT_FILE).read_text())
+        config, step = config_from_dict(described["config"]), int(described["generator_update"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder / EXPORT_FILE} does not describe an exported generator: {error}"
+        ) from error
+    if is_edm(str(folder)):
+        return config, step, dict(load_edm_pipeline(str(folder)).denoiser.state_dict())
+    return config, step, exported_weights(folder)
 
 
 def _timesteps(method: Method) -> tuple[float, ...]:
@@ -127,11 +185,11 @@ def _method(config: RunConfig) -> Method:
 def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | None]:
     """Figures, None where an evaluation failed, and the best evaluated step."""
     ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
-    metric = best_metric(config)
+    metric, judged = config.evaluator.figures["toyfid"], config.evaluator.best_metric
     label = metric.rpartition("_")[2]
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
     teacher = done.pop(TEACHER_STEP, {})
-    best = min(done, key=lambda step: done[step][metric], default=None)
+    best = min(done, key=lambda step: cost(judged, done[step][judged]), default=None)
     measured = ACCURACY[config.evaluator.detector]
     accuracy = f"eval/{measured}_{label}"
     start, end = done.get(0, {}), done.get(last_step, {})
@@ -198,5 +256,7 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"not exported: {summary['export_error']}")
     else:
         lines.append(f"exported: {summary['export']} (update {summary['exported_step']})")
+    if "registered" in summary:
+        lines.append(f"registered: {summary['registered'] or 'not, see the warning'}")
     lines.append(f"compare runs: {_where_to_compare(summary['mlflow_uri'], summary['run_dir'])}")
     return "\n".join(lines)

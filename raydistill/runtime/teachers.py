@@ -30,6 +30,7 @@ from raydistill.runtime import wire
 from raydistill.runtime.actors import get
 from raydistill.runtime.build import build_pipeline, pick_device, tuned_teacher
 from raydistill.runtime.local_cluster import address_to_join
+from raydistill.runtime.prometheus import Figures, latency
 from raydistill.runtime.settings import RunConfig, config_from_dict, to_dict
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class PoolSpec:
     identity: str
     """The teacher: hash of its weights, and the arithmetic it computes in."""
     path: str
+    name: str
+    """The run's whose pool it is, or service/NAME: its label in Prometheus."""
     minimum: int
     maximum: int
     idle_s: float
@@ -66,6 +69,11 @@ def teacher_identity(config: RunConfig, fingerprint: str) -> str:
     return f"{fingerprint[:16]}/{config.teacher.prediction}/{config.teacher.dtype}/{layout}{compiled}"
 
 
+def _label(config: RunConfig) -> str:
+    service = config.placement.teacher_service
+    return f"service/{service}" if service else config.name
+
+
 class _TeacherActor:
     """One replica: a teacher on shared weights."""
 
@@ -75,6 +83,7 @@ class _TeacherActor:
         """parts: the teacher without its weights; null: of one sample, None where it has none."""
         self._built: tuple[KeptGraphs, torch.device] | None = None
         self._parts, self._weights, self._null, self._spec = parts, weights, null, spec
+        self._latency = latency(spec.name)
 
     def ready(self) -> None:
         """Answers when the process is there, and has imported what the teacher is made of."""
@@ -95,18 +104,33 @@ class _TeacherActor:
             self._built = KeptGraphs(TeacherScorer(denoiser, null), self._spec.kept_graphs), device
         return self._built
 
-    def answer(self, packed: Mapping[str, Any], key: str, keep: bool, dtype: wire.WireDtype) -> Any:
+    def answer(
+        self, packed: Mapping[str, Any], key: str, keep: bool, dtype: wire.WireDtype, asked_at: float
+    ) -> Any:
+        """asked_at: seconds since 1970, by the asking node's clock; here and below."""
         service, device = self._service()
         answer = service.answer(wire.unpack_query(packed, device, differentiable=keep), key)
-        return wire.pack(answer, dtype, self._spec.transport)
+        return self._reply(answer, dtype, asked_at)
 
-    def vjp(self, packed: Mapping[str, Any] | None, key: str, cotangent: Any, dtype: wire.WireDtype) -> Any:
+    def vjp(
+        self,
+        packed: Mapping[str, Any] | None,
+        key: str,
+        cotangent: Any,
+        dtype: wire.WireDtype,
+        asked_at: float,
+    ) -> Any:
         """Without `packed` an empty one where the graph is gone: the caller then asks again with it."""
         service, device = self._service()
         if packed is not None:
             service.answer(wire.unpack_query(packed, device, differentiable=True), key)
         gradient = service.vjp(key, wire.unpack(cotangent, device))
-        return wire.pack(torch.empty(0) if gradient is None else gradient, dtype, self._spec.transport)
+        return self._reply(torch.empty(0) if gradient is None else gradient, dtype, asked_at)
+
+    def _reply(self, answer: torch.Tensor, dtype: wire.WireDtype, asked_at: float) -> Any:
+        packed = wire.pack(answer, dtype, self._spec.transport)
+        self._latency.observe(max(time.time() - asked_at, 0.0))  # clocks of two nodes may differ
+        return packed
 
 
 def wanted_replicas(
@@ -146,8 +170,10 @@ class _PoolManager:
         """Replicas whose process could not make them, and why."""
         self._outstanding: dict[str, tuple[int, float]] = {}
         self._busy_at = time.monotonic()
+        self._figures = Figures(_label(self._config))
         self._args: tuple[Any, ...] | None = None
         self._spec: PoolSpec | None = None
+        self._own_copies = 0
         self._lock = threading.RLock()
 
     def spec(self) -> PoolSpec:
@@ -181,11 +207,16 @@ class _PoolManager:
             parts, weights, _ = self._args
             return parts, weights, spec
 
+    def count_copy(self) -> None:
+        """An evaluator could not use the weights here and has loaded its own."""
+        self._own_copies += 1
+
     def copies(self) -> int:
-        """On how many nodes the weights lie, once each; all processes of a node map the same."""
+        """Of the weights in the memory of nodes: one on each where they lie, which all its processes map, and those
+        counted besides. GPUs have their own."""
         _, weights, _ = self.shared()
         (where,) = ray.experimental.get_object_locations([weights]).values()
-        return len(where["node_ids"])
+        return len(where["node_ids"]) + self._own_copies
 
     def _watch(self) -> None:
         """Also without reports: what died is taken off the list, and a service that nobody uses shrinks."""
@@ -196,6 +227,8 @@ class _PoolManager:
                 with contextlib.suppress(PlacementError):  # whoever asks is told
                     # a report of a queue is good for one replica, not for one a second
                     self._scale(may_grow=False)
+                waiting, replicas = sum(out for out, _ in self._outstanding.values()), len(self._replicas)
+            self._figures.update({"teacher/queue": waiting, "teacher/replicas": replicas})
 
     def _take_off_the_dead(self) -> None:
         """Replicas that Ray restarts start anew: one that finds no room any more must not attract queries."""
@@ -274,6 +307,7 @@ class _PoolManager:
         spec = PoolSpec(
             identity=teacher_identity(config, fingerprint),
             path=config.teacher.path,
+            name=_label(config),
             minimum=placement.teacher_replicas,
             maximum=max(placement.teacher_replicas, placement.max_teacher_replicas),
             idle_s=placement.teacher_idle_s,
@@ -347,11 +381,10 @@ def shared_teacher(config: RunConfig, fingerprint: str) -> Denoiser | None:
         return None
     parts, weights, spec = get(manager.shared.remote())
     exact = replace(
-        config,
-        teacher=replace(config.teacher, dtype="fp32"),
-        train=replace(config.train, channels_last=True, compile=False),
+        config, teacher=replace(config.teacher, dtype="fp32"), train=replace(config.train, compile=False)
     )
     if spec.identity != teacher_identity(exact, fingerprint):
+        ray.get(manager.count_copy.remote())
         return None
     return with_weights(parts.unpack(), wire.shared_weights(ray.get(weights)))
 

@@ -167,6 +167,7 @@ class Rank:
             "generator_updates": float(done.generator_updates),
             "critic_updates": float(done.critic_updates),
             "images": float(done.images),
+            "time/train_s": done.train_s,
             "time/update_s": seconds,
             "time/data_s": self.batches.take_seconds(),
             "throughput/images_per_s": images / seconds,

@@ -67,6 +67,13 @@ def unpack(array: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Te
     return (host.view(torch.bfloat16) if array.dtype == np.uint16 else host).to(device, torch.float32)
 
 
+def num_bytes(packed: Any) -> int:
+    """Of the tensors in a packed value."""
+    if isinstance(packed, Mapping):
+        return sum(num_bytes(each) for each in packed.values())
+    return packed.nbytes if isinstance(packed, np.ndarray | Tensor) else 0
+
+
 def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_store") -> dict[str, Any]:
     """A query as it travels; noise levels and class labels stay exact."""
     return {

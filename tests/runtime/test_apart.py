@@ -44,7 +44,7 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
 }
 SHORT = {"train": {"batch_size": 8, "generator_updates": 4}}
 HALVED = {"train": {"batch_size": 8, "generator_updates": 4, "micro_batch_size": 4}}
-CLOCK = ("time/", "throughput/", "memory/", "version/", "teacher/")
+CLOCK = ("time/", "throughput/", "memory/", "version/", "teacher/", "traffic/")
 
 
 def weights(part: Any) -> dict[str, torch.Tensor]:
@@ -241,6 +241,10 @@ def test_one_window_of_staleness_is_logged_and_ends_between_snapshots(tmp_path: 
     versions = {
         step: (values["version/generator"], values["version/critic"]) for step, values in logged.items()
     }
+    # samples for both critic updates, answers and the GAN's gradient; the rest is numbers
+    batch = 8 * 3 * 8 * 8 * 4
+    moved = [values["traffic/critic_bytes"] for values in generator["values"]]
+    assert all(4 * batch < each < 4.2 * batch for each in moved[1:-1])
     # R = 2; update 4 follows a snapshot, so the critic has finished window 3 before it answers
     assert versions == {1: (0, 0), 2: (1, 0), 3: (2, 2), 4: (3, 4), 5: (4, 8), 6: (5, 8), 7: (6, 10)}
 

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, TrackingError
 from raydistill.runtime import digits
 from raydistill.runtime.compare import compare
 from raydistill.runtime.settings import RunConfig
@@ -54,7 +54,10 @@ def test_a_small_comparison_ends_with_table_plot_and_runs_under_one_parent_and_g
     by_name = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = by_name.pop("digits_methods")
     assert by_name.keys() == {"sid_digits", "moment_matching_2_digits"}
-    assert {run.data.tags["mlflow.parentRunId"] for run in by_name.values()} == {parent.info.run_id}
+    nested = client.search_runs(
+        [experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    )
+    assert {run.info.run_name for run in nested} == by_name.keys()
     assert {run.info.status for run in by_name.values()} == {"FINISHED"} == {parent.info.status}
     assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
         "comparison.json",
@@ -112,6 +115,14 @@ def test_a_comparison_that_is_stopped_says_how_to_go_on_in_one_line_and_leaves_n
     assert re.search(f"error: .*{told_of}", told)
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert not (runs / "sida_digits").exists()
+
+
+def test_a_store_that_nobody_is_at_is_told_of_before_data_is_made(tmp_path: Path) -> None:
+    config = digits.sid(128)
+    nowhere = replace(config.tracking, uri="http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 does not answer.*tracking\.uri"):
+        compare("nowhere", [replace(config, output_dir=str(tmp_path / "runs"), tracking=nowhere)], at_once=1)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_of_one_name_are_refused() -> None:

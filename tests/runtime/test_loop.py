@@ -64,7 +64,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "moment_matching": CRITIC_FIRST["moment_matching"],
     "instant": CRITIC_FIRST["instant"],
 }
-NOISY = {"time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak_gib"}
+NOISY = {"time/train_s", "time/update_s", "time/data_s", "throughput/images_per_s", "memory/peak_gib"}
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

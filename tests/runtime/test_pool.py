@@ -94,6 +94,22 @@ def test_answers_are_bit_for_bit_those_of_the_local_teacher(manager: Any, local:
     assert pool.figures()["teacher/replicas"] == 2.0
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_every_byte_of_queries_and_answers_is_counted_once(
+    manager: Any, local: TeacherScorer, chunk: int | None
+) -> None:
+    pool = client(manager, local, chunk_size=chunk)
+    asked = query()
+    answer = pool.submit(asked).answer()
+    sent = asked.x_t.nbytes + asked.t.nbytes + asked.cond.tensors["text"].nbytes
+    assert pool.figures()["traffic/teacher_bytes"] == sent + answer.nbytes
+    assert pool.figures()["traffic/teacher_bytes"] == 0
+    with_gradient = query(grad=True)
+    pool.submit(with_gradient).answer().sum().backward()
+    # the cotangent goes there, the gradient comes back
+    assert pool.figures()["traffic/teacher_bytes"] == sent + answer.nbytes + 2 * asked.x_t.nbytes
+
+
 def sid_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     """A loss whose gradient runs through the teacher's input, as SiD's does (alpha = 1.2)."""
     apart = x0_real - x0_fake

@@ -58,9 +58,14 @@ CHANGES_WITH_THE_CLOCK = (
     "snapshot/",
     "eval/seconds",
     "eval/lag",
+    "eval/queue",
+    "eval/behind",
     "data/",
     "teacher/",
     "version/",
+    "system/",
+    "traffic/",
+    "restarts",
 )
 
 
@@ -119,6 +124,16 @@ def points(run_dir: Path) -> dict[tuple[str, int], float]:
                 assert (name, entry["step"]) not in found
                 found[name, entry["step"]] = value
     return found
+
+
+def restarts(run_dir: Path) -> list[tuple[int, float]]:
+    """At which updates training began again, and how often it had."""
+    entries = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [
+        (entry["step"], entry["values"]["restarts"])
+        for entry in entries
+        if "restarts" in entry.get("values", {})
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +202,7 @@ def test_summary_holds_the_promised_figures(whole: Path) -> None:
     assert summary["evaluations_failed"] == {}
     assert summary["toyfid_samples"] == summary["prompt_accuracy_samples"] == 32
     assert [step for step, _, _ in summary["curve"]] == [0, 4, 6]
+    assert "registered" not in summary  # nobody asked
     assert summary["toyfid_teacher"] < summary["toyfid_start"]
     assert sorted(p.name for p in (whole / "artifacts" / "grids").iterdir()) == [
         "grid_00000000.png", "grid_00000004.png", "grid_00000006.png",
@@ -210,6 +226,11 @@ def test_run_killed_in_mid_update_and_started_again_repeats_every_figure_in_one_
     output = finish(job(*overrides))
     assert "resumed from" in output
     assert points(output_dir / "killed") == points(whole)
+    assert restarts(whole) == [(0, 0.0)]
+    first, (step, count) = restarts(output_dir / "killed")
+    assert first == (0, 0.0)
+    assert step >= 2
+    assert count == 1.0
 
     assert mlflow_steps(output_dir, "killed") == [1, 2, 3, 4, 5, 6]
 
@@ -426,6 +447,14 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     journaled = points(whole)
     assert figures["step"] == 6
     assert figures["eval/toyfid_32"] == pytest.approx(journaled["eval/toyfid_32", 6], rel=1e-6)
+    best = json.loads((whole / "summary.json").read_text())
+    again = evaluate(best["export"])
+    assert (again["step"], again["eval/toyfid_32"]) == (
+        best["best_step"],
+        pytest.approx(best["toyfid_best"], rel=1e-6),
+    )
+    with pytest.raises(ConfigError, match="leave --step and --weights out"):
+        evaluate(best["export"], step=6)
     out = export(str(whole), str(tmp_path / "export"), step=6)
     assert (
         json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
@@ -559,6 +588,21 @@ def test_bad_input_is_one_line_that_names_the_setting(
     with pytest.raises(error, match=named) as caught:
         run(recipe(*settings(output_dir, "bad", *overrides)))
     assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("uri", "error", "told"),
+    [
+        ("http://127.0.0.1:9", TrackingError, r"http://127\.0\.0\.1:9 does not answer"),
+        ("ftp://host", ConfigError, r"tracking\.uri is 'ftp://host'"),
+    ],
+)
+def test_a_store_that_can_not_be_is_refused_before_data_is_made(
+    tmp_path: Path, uri: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        run(recipe(*settings(tmp_path / "runs", "nowhere", f"tracking.uri={uri}")))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.ray

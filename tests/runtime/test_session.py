@@ -5,6 +5,7 @@ from pathlib import Path
 from raydistill.errors import EvaluatorError
 from raydistill.roles.evaluator import Evaluation
 from raydistill.runtime.session import TEACHER_STEP, EvaluationQueue, request_stop, stop_requested
+from raydistill.tracking import RunInput
 
 
 class SlowEvaluator:
@@ -26,7 +27,13 @@ class SlowEvaluator:
         step = self.asked[-1]
         if step in self.deadly:
             raise EvaluatorError("the actor died")
-        protocol = {"hash": f"h{self.references}", "reference_sha256": self.references, "weights": str(step)}
+        protocol = {
+            "hash": f"h{self.references}",
+            "reference": "coco/val",
+            "reference_sha256": self.references,
+            "num_reference": 10,
+            "weights": str(step),
+        }
         return Evaluation({"eval/toyfid_10": float(abs(step - 30))}, protocol, b"png")
 
 
@@ -35,7 +42,8 @@ class Notes:
 
     def __init__(self) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
-        self.pictures: list[str] = []
+        self.artifacts: list[str] = []
+        self.references: list[str] = []
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.points.append((step, dict(values)))
@@ -43,8 +51,11 @@ class Notes:
     def tags(self, tags: dict[str, object]) -> None:
         pass
 
+    def inputs(self, inputs: list[RunInput]) -> None:
+        self.references += [each.sha256 for each in inputs]
+
     def artifact_bytes(self, data: bytes, name: str, artifact_path: str = "") -> None:
-        self.pictures.append(name)
+        self.artifacts.append(name)
 
     def sync(self) -> None:
         pass
@@ -64,6 +75,7 @@ def test_newest_snapshot_takes_the_waiting_ones_place_but_the_marked_ones_stay(t
     queue.submit(30)
     assert evaluator.asked == [0]
     assert queue.pending_steps() == {0, 30}
+    assert queue.figures(31) == {"eval/queue": 2.0, "eval/behind_updates": 31.0}
     answer(queue, evaluator, now=31)
     assert evaluator.asked == [0, 30]
     queue.submit(40, must=True)
@@ -72,11 +84,13 @@ def test_newest_snapshot_takes_the_waiting_ones_place_but_the_marked_ones_stay(t
     for _ in range(3):
         answer(queue, evaluator, now=60)
     assert evaluator.asked == [0, 30, 40, 50]
+    assert queue.figures(61) == {"eval/queue": 0.0, "eval/behind_updates": 11.0}
     assert queue.best_step("eval/toyfid_10") == 30
     # figures are posted at the snapshot's own step, with the lag and the number passed over
     step, values = notes.points[1]
     assert (step, values["eval/lag_updates"], values["eval/skipped"]) == (30, 30.0, 2.0)
-    assert notes.pictures[0] == "grid_00000000.png"
+    # the ledger goes with every figure, so that MLflow has the protocol while the run goes on
+    assert notes.artifacts[:2] == ["grid_00000000.png", "evaluations.json"]
 
 
 def test_ledger_outlives_the_process_and_only_unanswered_steps_are_asked_again(tmp_path: Path) -> None:
@@ -130,6 +144,7 @@ def test_figures_of_other_references_are_no_curve_with_new_ones(tmp_path: Path) 
     answer(queue, evaluator, now=41)
     assert queue.best_step("eval/toyfid_10") == 40
     assert set(queue.ledger) == {"40"}
+    assert notes.references == ["one", "two"]  # the run's inputs
 
 
 def test_waiting_ends_with_the_answer_the_time_or_a_request_to_stop(tmp_path: Path) -> None:
