@@ -206,7 +206,12 @@ def test_figures_of_ended_trials_that_mlflow_missed_are_sent_when_the_sweep_ends
         tracker.metrics({"loss/sid": 1.0}, 1)
         assert tracker.finish("FAILED")
         with (tmp_path / name / "metrics.jsonl").open("a") as journal:
-            journal.write(json.dumps({"step": 2, "timestamp_ms": 1, "values": {"loss/sid": 0.5}}) + "\n")
+            journal.write(
+                json.dumps(
+                    {"step": 2, "timestamp_ms": int(1000 * time.time()) + 1, "values": {"loss/sid": 0.5}}
+                )
+                + "\n"
+            )
         board.rows[name] = Row(name, str(tmp_path / name), {}, state=state)  # type: ignore[arg-type]
         ids.append(tracker.run_id)
     assert has_unsent(str(tmp_path / "t0"))
