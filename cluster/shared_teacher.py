@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=320, help="channels of the first layers (%(default)s)")
+    parser.add_argument("--width", type=int, default=192, help="channels of the first layers (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="to write the figures to, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rdmem", dir="/tmp", ignore_cleanup_errors=True) as made:
