@@ -4,8 +4,8 @@
 
 makes a teacher of random weights (the scenes' teacher with wider layers), sweeps two guidance scales of DMD2 over it,
 both trials at once, first with one teacher for all and then with one for each, and looks while they train for the
-teacher's weights in the memory of every process of theirs. Exit code 0 if the shared ones are there once, the others more
-often, and the losses are the same in both sweeps. Needs Linux.
+teacher's weights in the memory of every process of theirs. Exit code 0 if the shared ones are there once, the others
+more often, and the losses are the same in both sweeps. Needs Linux.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def measure(folder: Path, teacher: Path, signature: bytes, *, shared: bool) -> d
         f"name={name}", f"output_dir={folder}/runs", f"teacher.path={teacher}", "teacher.preflight=false",
         "train.batch_size=2", f"train.generator_updates={_UPDATES}", "train.log_every=1",
         "method.critic_updates_per_generator=1", "evaluator.every=10", "evaluator.num_samples=16",
-        "evaluator.batch_size=16", "evaluator.idle_priority=false", "evaluator.teacher_steps=2", "evaluator.grid_images=2",
+        "evaluator.batch_size=16", "evaluator.idle_priority=false", "evaluator.teacher_steps=2",
+        "evaluator.grid_images=2",
         "prepare.num_train=64", "prepare.num_val=32", "prepare.samples_per_shard=32", "placement.cpus_per_worker=1",
     ]  # fmt: skip
     with (folder / f"{name}.log").open("wb") as log:
@@ -74,7 +75,7 @@ def measure(folder: Path, teacher: Path, signature: bytes, *, shared: bool) -> d
             time.sleep(0.2)
         processes = [sweep, *sweep.children(recursive=True)]
         looked = look(processes, signature)
-        if any(_UPDATES == _losses(folder / "runs" / f"{name}-{n:03d}")[-1][0] for n in range(_TRIALS)):
+        if any(_losses(folder / "runs" / f"{name}-{n:03d}")[-1][0] == _UPDATES for n in range(_TRIALS)):
             raise RuntimeError(f"a trial was over before its memory was looked at: see {folder / name}.log")
         if sweep.wait(_WAIT_S):
             raise RuntimeError(f"the sweep failed: see {folder / name}.log")
