@@ -2,7 +2,7 @@
 
 `counter-based` is this project's own (`raydistill.diffusion.random`). `generator-per-image` is EDM's (arXiv:2206.00364,
 generate.py): sample n has a torch generator seeded with n, which draws its initial noise, then its label, then the
-noise between its steps. Torch's generators differ between CPU and GPU, so the device's type is part of that rule's name.
+noise between its steps. Torch's generators differ between CPU and GPU: the device's type is part of that rule's name.
 """
 
 from __future__ import annotations
