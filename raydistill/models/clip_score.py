@@ -26,7 +26,9 @@ def require_clip(folder: str | Path) -> None:
     """Raise ConfigError unless the folder holds a CLIP model, its weights as safetensors."""
     # the second of a pair is its name since transformers 5
     wanted = (("config.json",), (WEIGHTS,), ("preprocessor_config.json", "processor_config.json"))
-    if missing := [names[0] for names in wanted if not any((Path(folder) / name).is_file() for name in names)]:
+    if missing := [
+        names[0] for names in wanted if not any((Path(folder) / name).is_file() for name in names)
+    ]:
         raise ConfigError(
             f"evaluator.clip={folder} lacks {', '.join(missing)}: it must be the folder of a transformers CLIPModel "
             "with its processor, for DMD2's score laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
