@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 from torch import Tensor
 
 from raydistill.errors import DataError
@@ -146,8 +147,10 @@ def _rank(of: FeatureStatistics | Gaussian) -> int:
 
 
 def _factor(covariance: Array, rank: int) -> Array:
-    values, vectors = np.linalg.eigh(covariance)
-    # Eigenvalues ascend; those beyond the rank are rounding. A covariance has no negative ones either, about 1e-16 of
-    # the largest where there are any.
-    kept = slice(values.size - rank, None)
-    return np.asarray(vectors[:, kept] * np.sqrt(np.clip(values[kept], 0.0, None)))
+    size = len(covariance)
+    if rank < size:  # the smallest eigenvalues are rounding
+        values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - rank, size - 1))
+    else:
+        values, vectors = np.linalg.eigh(covariance)
+    # a covariance has no negative eigenvalues either; those here are rounding, about 1e-16 of the largest
+    return np.asarray(vectors * np.sqrt(np.clip(values, 0.0, None)))
