@@ -26,7 +26,7 @@ def recipe() -> RunConfig:
 def paper() -> RunConfig:
     """DMD2's ImageNet-64 run from scratch, FID 1.51 (arXiv:2405.14867, experiments/imagenet, methods.md 1.6).
 
-    The teacher is NVIDIA's edm-imagenet-64x64-cond-adm.pkl (CC BY-NC-SA). Evaluated by their own protocol, not here.
+    The teacher is NVIDIA's edm-imagenet-64x64-cond-adm.pkl (CC BY-NC-SA).
     """
     adam_w: dict[str, Any] = {
         "betas": (0.9, 0.999),
@@ -53,7 +53,9 @@ def paper() -> RunConfig:
         ),
         data=DataConfig(shards="imagenet64_shards"),
         prepare=PrepareConfig(coco=None),
-        evaluator=EvaluatorConfig(enabled=False),
+        evaluator=EvaluatorConfig(
+            protocol="dmd2-in64-50k", reference="imagenet-64x64.npz", teacher_figure=False, every=2000
+        ),
         checkpoint=CheckpointConfig(every=500),
     )
 

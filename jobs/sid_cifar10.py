@@ -33,8 +33,8 @@ def paper() -> RunConfig:
     """SiD's class-conditional CIFAR-10 run (arXiv:2404.04057; run_sid.sh and sid_train.py of its code, methods.md 2.3).
 
     Left out: dropout 0.13 in the generator and augmentation 0.12 of the critic's samples. The teacher is NVIDIA's
-    edm-cifar10-32x32-cond-vp.pkl (CC BY-NC-SA). Only the shards' labels are used. Evaluated by their own protocol, not
-    here (evaluator.enabled=false).
+    edm-cifar10-32x32-cond-vp.pkl (CC BY-NC-SA). Only the shards' labels are used. Evaluated with EDM's
+    reference and detector; their own figures take labels and noise from another random stream.
     """
     adam: dict[str, Any] = {
         "betas": (0.0, 0.999),
@@ -68,7 +68,13 @@ def paper() -> RunConfig:
         ),
         data=DataConfig(shards="cifar10_shards"),
         prepare=PrepareConfig(coco=None),
-        evaluator=EvaluatorConfig(enabled=False),
+        evaluator=EvaluatorConfig(
+            protocol="edm-cifar10-50k",
+            reference="cifar10-32x32.npz",
+            weights="ema",
+            teacher_figure=False,
+            every=20_000,  # 5 Mimg
+        ),
         checkpoint=CheckpointConfig(every=2000),
     )
 

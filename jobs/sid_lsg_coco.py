@@ -50,8 +50,7 @@ def recipe() -> RunConfig:
 def paper() -> RunConfig:
     """SiD-LSG of Stable Diffusion 1.5 with kappa 2 (arXiv:2406.01561; run_sid.sh of its code, methods.md 2.4).
 
-    Prompts alone are used: any shards whose captions are the prompts (theirs: Aesthetics 6+). Evaluated by their own
-    protocol, not here.
+    Prompts alone are used: any shards whose captions are the prompts (theirs: Aesthetics 6+).
     """
     adam = _ADAM | {"eps": 1e-8, "warmup_steps": 0}
     return RunConfig(
@@ -70,7 +69,15 @@ def paper() -> RunConfig:
         ),
         data=DataConfig(shards="prompt_shards"),
         prepare=PrepareConfig(coco=None),
-        evaluator=EvaluatorConfig(enabled=False),
+        evaluator=EvaluatorConfig(
+            protocol="gigagan-coco30k",
+            coco="coco",
+            split="val2014",
+            captions="coco_captions_30k.txt",  # of GigaGAN and DMD2; one a line
+            weights="ema",
+            teacher_figure=False,
+            every=1000,  # 0.5 Mimg
+        ),
         checkpoint=CheckpointConfig(every=200),
     )
 

@@ -234,11 +234,17 @@ def _checked(config: "RunConfig") -> "RunConfig":
 def _dry_run(config: "RunConfig") -> int:
     from raydistill.config import describe
     from raydistill.runtime.plan import plan
+    from raydistill.runtime.services import require_evaluation, require_protocol_fits
     from raydistill.tracking import without_secrets
 
     config = _checked(config)
+    require_protocol_fits(config)
     print(without_secrets(describe(config)), end="\n\n")
     print(plan(config).table())
+    try:
+        require_evaluation(config)
+    except RayDistillError as error:
+        print(f"\nwarning: a start would fail here: {' '.join(str(error).split())}")
     return 0
 
 
@@ -331,6 +337,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         step=arguments.step,
         weights=arguments.weights,
         tracking_uri=arguments.tracking_uri,
+        settings=arguments.overrides,
     )
     print(json.dumps(metrics, indent=2))
     return 0
@@ -515,6 +522,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-samples", type=int, metavar="N", help="images; as the run's own by default")
     where = "MLflow that holds models:/NAME@best (MLFLOW_TRACKING_URI, else runs/mlflow.db)"
     evaluate.add_argument("--tracking-uri", metavar="URI", help=where)
+    settings = "settings of the evaluator, as the run's own by default"
+    evaluate.add_argument("overrides", nargs="*", metavar="evaluator.NAME=VALUE", help=settings)
     export = add("export", _export, "write a run's generator as a folder like its teacher's", _EXPORT)
     _add_snapshot_arguments(export)
     export.add_argument("out", metavar="FOLDER", help="folder to write; must not exist yet")
@@ -632,7 +641,11 @@ _EVALUATE = """\
 Prints the metrics as JSON; a metric's name carries its number of samples. Of a model that was registered
 (tracking.register_as), the registered files are evaluated, and give the figure of its tags again:
 
-  raydistill evaluate models:/NAME@best --tracking-uri sqlite:///runs/mlflow.db"""
+  raydistill evaluate models:/NAME@best --tracking-uri sqlite:///runs/mlflow.db
+
+By a paper's protocol, with NVIDIA's detector file in this folder:
+
+  raydistill evaluate runs/sid_cifar10 evaluator.protocol=edm-cifar10-50k evaluator.reference=cifar10-32x32.npz"""
 _EXPORT = """\
 Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER).
 Of a class-conditional one: edm.json and model.safetensors, which teacher.path takes."""

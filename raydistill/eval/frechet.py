@@ -1,14 +1,24 @@
 """Frechet distance between two sets of features, from sums that merge (arXiv:1706.08500, equation 6)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 from torch import Tensor
 
 from raydistill.errors import DataError
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] alone, as statistics files hold them."""
+
+    mean: Array
+    covariance: Array
 
 
 class FeatureStatistics:
@@ -101,7 +111,7 @@ class FeatureStatistics:
         return statistics
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics | Gaussian) -> float:
     """Frechet distance of the Gaussians with the two sets' means and covariances (N - 1).
 
     |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)); the last trace is the sum of the square roots of the
@@ -110,25 +120,37 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises DataError with fewer than two samples on a side or different numbers of features.
     """
-    if min(a.count, b.count) < 2:
-        raise DataError(f"a Frechet distance needs 2 samples on each side, there are {a.count} and {b.count}")
-    mean_a, mean_b = a.mean(), b.mean()
+    counts = [each.count for each in (a, b) if isinstance(each, FeatureStatistics)]
+    if min(counts) < 2:
+        raise DataError(
+            f"a Frechet distance needs 2 samples on each side, there are {' and '.join(map(str, counts))}"
+        )
+    (mean_a, cov_a), (mean_b, cov_b) = _moments(a), _moments(b)
     if mean_a.shape != mean_b.shape:
         raise DataError(f"can't compare statistics of {mean_a.size} and {mean_b.size} features")
-    cov_a, cov_b = a.covariance(), b.covariance()
     difference = mean_a - mean_b
-    cross = 2.0 * _trace_sqrt_product(cov_a, cov_b)
+    # With A = U U^T and B = V V^T the roots are the singular values of U^T V: no square of a small eigenvalue
+    # is taken, which would cost half the digits where the covariances are nearly singular.
+    product = _factor(cov_a, _rank(a)).T @ _factor(cov_b, _rank(b))
+    cross = 2.0 * float(np.linalg.svd(product, compute_uv=False).sum())
     # rounding can leave a distance of equal Gaussians at -1e-13
     return max(0.0, float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - cross))
 
 
-def _trace_sqrt_product(a: Array, b: Array) -> float:
-    # With A = U U^T and B = V V^T the roots are the singular values of U^T V: no square of a small eigenvalue
-    # is taken, which would cost half the digits where the covariances are nearly singular.
-    return float(np.linalg.svd(_factor(a).T @ _factor(b), compute_uv=False).sum())
+def _moments(of: FeatureStatistics | Gaussian) -> tuple[Array, Array]:
+    return (of.mean, of.covariance) if isinstance(of, Gaussian) else (of.mean(), of.covariance())
 
 
-def _factor(covariance: Array) -> Array:
-    values, vectors = np.linalg.eigh(covariance)
-    # a covariance has no negative eigenvalues; those here are rounding, about 1e-16 of the largest
+def _rank(of: FeatureStatistics | Gaussian) -> int:
+    """Of the covariance, at most."""
+    return len(of.mean) if isinstance(of, Gaussian) else min(of.count - 1, of.mean().size)
+
+
+def _factor(covariance: Array, rank: int) -> Array:
+    size = len(covariance)
+    if rank < size:  # the smallest eigenvalues are rounding
+        values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - rank, size - 1))
+    else:
+        values, vectors = np.linalg.eigh(covariance)
+    # a covariance has no negative eigenvalues either; those here are rounding, about 1e-16 of the largest
     return np.asarray(vectors * np.sqrt(np.clip(values, 0.0, None)))

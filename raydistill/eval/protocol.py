@@ -7,8 +7,8 @@ protocol is a value with a hash, goes into the metric's name with N, and is logg
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ class Protocol:
     name: str
     """Short name for people."""
     metric: str
-    """Metric without N: "toyfid" for the shipped detector, never a bare "fid"."""
+    """Metric without N: "fid" for a published protocol, "toyfid" for the shipped detectors."""
     num_samples: int
     """Generated images."""
     seed: int
@@ -47,13 +47,13 @@ class Protocol:
     num_reference: int
     """Reference images."""
     captions_sha256: str
-    """Hash of the captions in order."""
+    """Hash of the captions, or labels, in order."""
     resize: str
     """Resizing between the images and the detector."""
     uint8_rule: str
     """How floats become bytes: a rule of `to_uint8`."""
     caption_rule: str
-    """Which caption conditions which sample."""
+    """Which caption or label conditions which sample."""
     sampler: str
     """Sampler of the generated images."""
     num_steps: int
@@ -66,6 +66,14 @@ class Protocol:
     """Divisor of the covariance: N - ddof."""
     dtype: str = "float32"
     """Precision of the networks that sample."""
+    seed_rule: str = "counter-based"
+    """How noise follows from seed and sample."""
+    patch_resize: str = ""
+    """Between the images and the detector for patch-FID; "" without one."""
+    clip: str = ""
+    """Model and preparation of the CLIP score; "" without one."""
+    clip_sha256: str = ""
+    """Hash of its weights file."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.num_reference < 2:
@@ -80,14 +88,17 @@ class Protocol:
             raise ConfigError(f"evaluator.weights is {self.weights!r}; the choices are ema, raw")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for MLflow and files."""
-        return asdict(self)
+        """As JSON, for MLflow and files.
+
+        Fields that came later are left out at their defaults: figures that were recorded before keep their hash.
+        """
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name) != value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Protocol":
         """From `to_dict`; raises ConfigError for unknown or missing fields."""
         names = {field.name for field in fields(cls)}
-        required = {field.name for field in fields(cls) if field.name not in ("covariance_ddof", "dtype")}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
         if unknown := values.keys() - names:
             raise ConfigError(
                 f"a protocol has no {', '.join(sorted(unknown))}; its fields are {', '.join(sorted(names))}"
@@ -107,15 +118,27 @@ class Protocol:
         return f"eval/{metric or self.metric}_{count_label(self.num_samples)}"
 
 
+_LATER = {"seed_rule": "counter-based", "patch_resize": "", "clip": "", "clip_sha256": ""}
+
+
 def count_label(num_samples: int) -> str:
     """N as metric names have it: 500 is "500", 2000 is "2k"."""
     thousands, rest = divmod(num_samples, 1000)
     return str(num_samples) if rest else f"{thousands}k"
 
 
+_HIGHER = ("accuracy", "clip_score", "recall", "precision")
+
+
 def higher_is_better(metric: str) -> bool:
-    """Of a figure by its name: true of accuracies, false of distances."""
-    return "accuracy" in metric
+    """Of a figure by its name: true of accuracies, scores, precision and recall, false of distances."""
+    return any(word in metric for word in _HIGHER)
+
+
+def second_figure(names: Iterable[str]) -> str | None:
+    """Of a generator's figures (full names) the one that is shown beside the distance, None where there is no other."""
+    own = [name for name in names if "teacher_" not in name]
+    return next((name for word in _HIGHER for name in own if f"{word}_" in name), None)
 
 
 def cost(metric: str, value: float) -> float:

@@ -41,7 +41,7 @@ def write_page(found: Runs, out: Path, title: str) -> Path:
         curves=sections.curves(runs),
         without_seconds=[run.name for run in runs if not run.points["time/train_s"]],
         teachers={
-            name: (value, sections.teachers(runs, runs[0].accuracy)[name])
+            name: (value, sections.teachers(runs, runs[0].accuracy)[name] if runs[0].accuracy else None)
             for name, value in sections.teachers(runs, runs[0].metric).items()
         },
         rows=[sections.row(number, run) for number, run in enumerate(runs)],

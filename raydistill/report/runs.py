@@ -14,7 +14,7 @@ from typing import Any
 from raydistill.checkpoint import Snapshots
 from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.eval.grids import Grid, read_grid
-from raydistill.eval.protocol import Protocol, cost, require_same
+from raydistill.eval.protocol import Protocol, cost, require_same, second_figure
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.tracking import History, RecordedRun, read_metrics
 
@@ -72,15 +72,19 @@ class Run:
         return self.protocol.key()
 
     @property
-    def accuracy(self) -> str:
-        """Full name of the accuracy figure."""
-        return next(name for name in self.figures[max(self.figures)] if "_accuracy_" in name)
+    def accuracy(self) -> str | None:
+        """Full name of the figure beside it, higher is better; None where the protocol has no other."""
+        return second_figure(self.figures[max(self.figures)])
 
     @property
     def judged_by(self) -> str:
         """Full name of the figure that `best` goes by (evaluator.best_by)."""
         chosen = self.settings.get("evaluator.best_by", "toyfid")
-        return {"toykid": self.protocol.key("toykid"), "accuracy": self.accuracy}.get(chosen, self.metric)
+        if chosen == "accuracy":
+            return self.accuracy or self.metric
+        # under a published protocol toyfid means fid
+        toy = self.protocol.metric.startswith("toy")
+        return self.protocol.key(chosen if toy else chosen.removeprefix("toy"))
 
     @property
     def best(self) -> int:

@@ -28,8 +28,8 @@ def quality_word(run: Run) -> str:
 
 
 def accuracy_word(run: Run) -> str:
-    """prompt accuracy, without N."""
-    return run.accuracy.removeprefix("eval/").rpartition("_")[0].replace("_", " ")
+    """prompt accuracy, without N; nothing where the protocol has no such figure."""
+    return (run.accuracy or "").removeprefix("eval/").rpartition("_")[0].replace("_", " ")
 
 
 def best_word(runs: Sequence[Run]) -> str:
@@ -71,6 +71,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
             (runs[0].accuracy, accuracy_word(runs[0])),
         )
         for counter in COUNTERS
+        if metric is not None
     ]
     return [each for each in drawn if each is not None]
 
@@ -105,7 +106,7 @@ class Row:
     best: float
     end: float
     over_teacher: float | None
-    accuracy: float
+    accuracy: float | None
     images: float | None
     seconds: float | None
     wanted: str
@@ -132,7 +133,7 @@ def row(number: int, run: Run) -> Row:
         best=best[metric],
         end=run.figures[max(run.figures)][metric],
         over_teacher=best[metric] / teacher if teacher else None,
-        accuracy=best[run.accuracy],
+        accuracy=None if run.accuracy is None else best[run.accuracy],
         images=run.at("images", run.updates),
         seconds=run.at("time/train_s", run.updates),
         wanted=run.settings.get("train.generator_updates", "unknown"),
@@ -140,12 +141,14 @@ def row(number: int, run: Run) -> Row:
 
 
 def front(runs: Sequence[Run]) -> list[Run]:
-    """The runs that no other beats in both quality and accuracy, best quality first."""
-    best_accuracy, found = -math.inf, []
+    """The runs that no other beats in both quality and accuracy, best quality first; none without an accuracy."""
+    best_accuracy, found, name = -math.inf, list[Run](), runs[0].accuracy
+    if name is None:
+        return found
     for run in sorted(
-        runs, key=lambda run: (run.figures[run.best][run.metric], -run.figures[run.best][run.accuracy])
+        runs, key=lambda run: (run.figures[run.best][run.metric], -run.figures[run.best][name])
     ):
-        accuracy = run.figures[run.best][run.accuracy]
+        accuracy = run.figures[run.best][name]
         if accuracy > best_accuracy:
             best_accuracy = accuracy
             found.append(run)
@@ -153,10 +156,11 @@ def front(runs: Sequence[Run]) -> list[Run]:
 
 
 def front_chart(runs: Sequence[Run]) -> Chart | None:
-    """Quality against accuracy of each run's best snapshot, the front joined; None for a single run."""
-    if len(runs) < 2:
-        return None
+    """Quality against accuracy of each run's best snapshot, the front joined; None for a single run, or without an
+    accuracy."""
     metric, accuracy, on_it = runs[0].metric, runs[0].accuracy, front(runs)
+    if len(runs) < 2 or accuracy is None:
+        return None
 
     def point(run: Run) -> tuple[float, float, str]:
         x, y = run.figures[run.best][metric], run.figures[run.best][accuracy]
@@ -210,10 +214,10 @@ def heat_maps(runs: Sequence[Run]) -> list[HeatMap]:
             found.setdefault((ratio, guidance), []).append(run)
     if len(found) < 2:
         return []
-    return [
-        _heat_map(found, runs[0].metric, quality_word(runs[0]), sign=1.0),
-        _heat_map(found, runs[0].accuracy, accuracy_word(runs[0]), sign=-1.0),
-    ]
+    maps = [_heat_map(found, runs[0].metric, quality_word(runs[0]), sign=1.0)]
+    if runs[0].accuracy is not None:
+        maps.append(_heat_map(found, runs[0].accuracy, accuracy_word(runs[0]), sign=-1.0))
+    return maps
 
 
 def _heat_map(found: dict[tuple[float, float], list[Run]], metric: str, word: str, sign: float) -> HeatMap:

@@ -1,7 +1,7 @@
 """The evaluator: an immutable snapshot's weights in, figures of a stated protocol and a picture out.
 
-Evaluation sample n is the same noise and caption whatever the batch size or the weights, so that pictures and figures
-of different snapshots and runs differ only by the generator.
+Evaluation sample n is the same noise and caption whatever the batch size, the weights or the number of evaluators, so
+that pictures and figures of different snapshots and runs differ only by the generator.
 """
 
 from __future__ import annotations
@@ -9,29 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
+from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 
 from raydistill.checkpoint import Snapshot, unprefixed
-from raydistill.data.coco import read_coco
-from raydistill.data.images import load_image
-from raydistill.diffusion.random import Draws
-from raydistill.diffusion.samplers import ddim, heun, karras_times, trailing_times
-from raydistill.diffusion.schedules import VPDiscreteSchedule
 from raydistill.errors import ConfigError
-from raydistill.eval.detectors import ACCURACY, DetectorName, detector_for
-from raydistill.eval.frechet import FeatureStatistics, frechet_distance
-from raydistill.eval.grids import grid_png
-from raydistill.eval.kid import kernel_distance
-from raydistill.eval.protocol import Protocol, count_label, to_uint8
+from raydistill.eval.detectors import ACCURACY, DetectorName
+from raydistill.eval.inception import FILE_NAME
+from raydistill.eval.judge import Part
+from raydistill.eval.protocol import Protocol, count_label
+from raydistill.eval.published import CAPTIONS, TOY, published
+from raydistill.eval.reference import batches_of
 from raydistill.methods.method import Method
-from raydistill.models.denoiser import Cond, denoise_guided
 from raydistill.models.pipeline import Pipeline
+from raydistill.roles.evaluation_samples import EvaluationSamples
+from raydistill.roles.evaluation_setup import set_up
 from raydistill.roles.generator import Weights, generator_weights
 
 
@@ -46,9 +45,29 @@ class EvaluatorConfig:
     may_skip: bool = True
     """Pass over snapshots while a newer one waits, where the evaluator is slower than training; false: each that is due
     gets its figures, which sweeps need to compare trials at the same update."""
-    best_by: Literal["toyfid", "toykid", "accuracy"] = "toyfid"
+    best_by: Literal[
+        "toyfid", "toykid", "accuracy", "fid", "kid", "patch_fid", "precision", "recall", "clip_score"
+    ] = "toyfid"
     """Figure by which a run's best snapshot is chosen, which is kept, exported and registered: the least distance or
-    the most accuracy."""
+    the most of another. Of a published protocol toyfid means fid, toykid means kid."""
+    protocol: str = TOY
+    """How figures are made: toy (toyfid, on the embedded data) or a published protocol, for figures that compare with
+    papers': gigagan-coco30k, dmd2-sdxl-coco10k, edm-cifar10-50k, edm-in64-50k, dmd2-in64-50k, their proxies of 5,000
+    samples gigagan-coco5k, dmd2-sdxl-coco5k, edm-cifar10-5k, edm-in64-5k, dmd2-in64-5k, or NAME@N with N samples."""
+    detector_file: str = FILE_NAME
+    """NVIDIA's inception-2015-12-05.pt, the detector of published protocols; loaded only if its SHA-256 is right."""
+    detector_sha256: str | None = None
+    """SHA-256 that detector_file must have; none: that of NVIDIA's file. The file holds code that runs: name a file of
+    your own only if you trust it."""
+    reference: str | None = None
+    """Reference of a published protocol: a .npz of statistics (mu and sigma, as EDM and clean-fid write them), a folder
+    of images, or of shards; none: the images of evaluator.coco's split."""
+    captions: str | None = None
+    """Text file of the captions of a published protocol, one a line; none: the first one of each of evaluator.coco's
+    images."""
+    clip: str | None = None
+    """Folder of a transformers CLIPModel with its processor, for the CLIP score of published text protocols; none:
+    no such figure."""
     coco: str = "builtin:scenes"
     """COCO-format folder of the reference images and the captions that are drawn; builtin:scenes and builtin:digits are
     written by the project."""
@@ -58,11 +77,15 @@ class EvaluatorConfig:
     """Network in whose features figures are taken, for the embedded data alone: scenes (SceneNet, 32x32 images, prompt
     accuracy) or digits (DigitNet, 8x8 images, label accuracy)."""
     num_samples: int = 1000
-    """Images per figure; it is part of the metric's name."""
+    """Images per toy figure; published protocols have their own number. It is part of the metric's name."""
     batch_size: int = 100
     """Images per forward pass; figures don't depend on it."""
     seed: int = 10
-    """Seed of the evaluation noise, apart from the run's."""
+    """Seed of the toy protocol's noise, apart from the run's; published protocols have their own."""
+    workers: int = 1
+    """Evaluators that share the samples of a figure, under Ray; figures don't depend on it."""
+    teacher_figure: bool = True
+    """Whether the teacher's own figure is made too."""
     weights: Weights = "raw"
     """Which weights of the generator: as trained, or their EMA."""
     teacher_steps: int = 25
@@ -80,15 +103,52 @@ class EvaluatorConfig:
     GPU: beside training they would take many times as long, and slow it down."""
 
     @property
+    def samples(self) -> int:
+        """Images per figure, the protocol's or num_samples."""
+        wanted = published(self.protocol)
+        return self.num_samples if wanted is None else wanted.num_samples
+
+    @property
+    def reads_coco(self) -> bool:
+        """Whether captions or reference images are those of `coco`."""
+        wanted = published(self.protocol)
+        if wanted is None:
+            return True
+        return wanted.conditions == CAPTIONS and None in (self.captions, self.reference)
+
+    @property
     def figures(self) -> dict[str, str]:
-        """Full names of what is reported of a generator, by what `best_by` calls them."""
-        names = {"toyfid": "toyfid", "toykid": "toykid", "accuracy": ACCURACY.get(self.detector, "accuracy")}
-        return {short: f"eval/{name}_{count_label(self.num_samples)}" for short, name in names.items()}
+        """Full names of what is reported of a generator, by what `best_by` calls them, the main distance first."""
+        wanted = published(self.protocol)
+        if wanted is None:
+            names = {
+                "toyfid": "toyfid",
+                "toykid": "toykid",
+                "accuracy": ACCURACY.get(self.detector, "accuracy"),
+            }
+        else:
+            has_features = not (self.reference or "").endswith(".npz")
+            reported = ["fid", *["patch_fid"] * bool(wanted.patch_resize)]
+            reported += [
+                *["kid", "precision", "recall"] * has_features,
+                *["clip_score"] * (self.clip is not None),
+            ]
+            names = {name: name for name in reported}
+        return {short: f"eval/{name}_{count_label(self.samples)}" for short, name in names.items()}
+
+    @property
+    def quality(self) -> str:
+        """The main distance without N: toyfid or fid."""
+        return next(iter(self.figures))
 
     @property
     def best_metric(self) -> str:
         """Full name of the figure that `best_by` means."""
-        return self.figures[self.best_by]
+        return self.figures[self._best_by]
+
+    @property
+    def _best_by(self) -> str:
+        return self.best_by if self.protocol == TOY else self.best_by.removeprefix("toy")
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.num_samples < 2 or self.batch_size < 1:
@@ -96,7 +156,7 @@ class EvaluatorConfig:
                 f"evaluator.every={self.every} and evaluator.batch_size={self.batch_size} must be at least 1, "
                 f"evaluator.num_samples={self.num_samples} at least 2"
             )
-        for name in ("threads", "teacher_steps"):
+        for name in ("threads", "teacher_steps", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluator.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.head_start_s <= 500:
@@ -104,10 +164,15 @@ class EvaluatorConfig:
                 f"evaluator.head_start_s={self.head_start_s} must be from 0 to 500: "
                 "other workers wait for 600 s at most"
             )
-        if not 1 <= self.grid_images <= self.num_samples:
+        if not 1 <= self.grid_images <= self.samples:
             raise ConfigError(
                 f"evaluator.grid_images={self.grid_images} must be from 1 to evaluator.num_samples="
-                f"{self.num_samples}, whose captions it shows"
+                f"{self.samples}, whose captions it shows"
+            )
+        if self._best_by not in self.figures:
+            raise ConfigError(
+                f"evaluator.best_by={self.best_by}: evaluator.protocol={self.protocol} reports "
+                f"{', '.join(self.figures)}"
             )
 
 
@@ -118,6 +183,18 @@ class Evaluation:
     metrics: dict[str, float]
     protocol: dict[str, object]
     grid_png: bytes
+
+
+class Helpers(Interface):
+    """Other evaluators of the same figure, which were told which one it is; in `raydistill.runtime.actors`."""
+
+    count: int
+
+    def start(self) -> None:
+        """Let each look at its share of the samples."""
+
+    def collect(self) -> Sequence[Part | None]:
+        """What they found, in the samples' order; None in the place of one that is lost."""
 
 
 class Evaluator:
@@ -132,96 +209,62 @@ class Evaluator:
         *,
         device: torch.device | str = "cpu",
         cache_dir: str | None = None,
+        reference_dir: str | None = None,
         channels_last: bool = True,
     ):
-        """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights. channels_last: of the
-        networks' memory.
+        """cache_dir: where the teacher's figure is kept by the hash of its protocol and weights. reference_dir: where
+        features of reference images are kept, by the hash of their content. channels_last: of the networks' memory.
 
-        Raises ConfigError if the reference has too few captions or the images are not of the detector's size.
+        Raises ConfigError if protocol and teacher don't fit each other, or if what the protocol takes is missing.
         """
         self.config = config
         self.pipeline = pipeline.to(device)
-        self.method = method
         self.guidance_scale = guidance_scale
-        self.device = device
         self._cache_dir = Path(cache_dir) if cache_dir else None
+        self._setup = set_up(config, pipeline, method, device, Path(reference_dir) if reference_dir else None)
         self._generator = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
         self._critic = pipeline.copy_denoiser("fp32").to(device).eval().requires_grad_(False)
         if channels_last:
             for denoiser in (pipeline.denoiser, self._generator, self._critic):
                 denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._draws = Draws(config.seed)
-        self._detector = detector_for(config.detector).to(device)
-        if pipeline.image_size != self._detector.image_size:
-            edge, wanted = pipeline.image_size, self._detector.image_size
-            raise ConfigError(
-                f"evaluator.detector={config.detector!r} judges {wanted}x{wanted} images, this teacher's are "
-                f"{edge}x{edge}: choose the one for its data, or set evaluator.enabled=false"
-            )
-
-        images = [image for image in read_coco(config.coco, config.split) if image.captions]
-        if len(images) < config.num_samples:
-            raise ConfigError(
-                f"evaluator.num_samples={config.num_samples}, but {config.coco} ({config.split}) has only "
-                f"{len(images)} captioned images"
-            )
-        self.captions = [image.captions[0] for image in images[: config.num_samples]]
-        self._reference = FeatureStatistics()
-        reference: list[Tensor] = []
-        digest = hashlib.sha256()
-        for start in range(0, len(images), config.batch_size):
-            batch = [
-                load_image(image.path, self._detector.image_size)
-                for image in images[start : start + config.batch_size]
-            ]
-            pixels = to_uint8(torch.stack(batch))
-            digest.update(pixels.numpy().tobytes())
-            reference.append(self._detector(pixels.to(device))[0])
-            self._reference.update(reference[-1])
-        self._reference_features = torch.cat(reference)
-        self.protocol = Protocol(
-            name=f"{config.detector}-{config.split}",
-            metric="toyfid",
-            num_samples=config.num_samples,
-            seed=config.seed,
-            detector=self._detector.name,
-            detector_sha256=self._detector.sha256,
-            reference=f"{Path(config.coco).name}/{config.split}",
-            reference_sha256=digest.hexdigest(),
-            num_reference=len(images),
-            captions_sha256=hashlib.sha256("\n".join(self.captions).encode()).hexdigest(),
-            resize="none",
-            uint8_rule="round",
-            caption_rule="first caption of each image, in order",
-            sampler=method.sampler,
-            num_steps=len(method.sampling_times),
-            guidance_scale=1.0,
-            weights=config.weights,
+        self.samples = EvaluationSamples(
+            pipeline,
+            method,
+            self._generator,
+            captions=self._setup.captions,
+            seeds=self._setup.seeds,
+            uint8_rule=self._setup.uint8_rule,
+            guidance_scale=guidance_scale,
+            teacher_steps=config.teacher_steps,
+            device=device,
         )
-        self._teacher_grid: Tensor | None = None
 
-    def evaluate(self, snapshot: Snapshot) -> Evaluation:
+    @cached_property
+    def protocol(self) -> Protocol:
+        """Of the generator's figures."""
+        return self._setup.protocol()
+
+    def evaluate(self, snapshot: Snapshot, helpers: Helpers | None = None) -> Evaluation:
         """Figures and picture of a snapshot's generator."""
-        metrics = self.figures(generator_weights(snapshot, self.config.weights))
+        metrics = self.figures(generator_weights(snapshot, self.config.weights), helpers)
         critic, _ = snapshot.part("critic")
         self._critic.load_state_dict(unprefixed(critic, "weights/denoiser."))
-        return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
+        picture = self.samples.picture(snapshot.step, self._critic, self.config.grid_images, self.config.seed)
+        return Evaluation(metrics, described(self.protocol), picture)
 
-    def figures(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def figures(self, weights: Mapping[str, Tensor], helpers: Helpers | None = None) -> dict[str, float]:
         """Figures of the generator with these weights of its denoiser."""
         started = time.monotonic()
         self._generator.load_state_dict(weights)
-        metrics = self._figures(self._generate, self.protocol, "")
+        metrics = self._figures(self.samples.generated, helpers, "")
         return metrics | {"eval/seconds": time.monotonic() - started}
 
-    def evaluate_teacher(self) -> Evaluation:
+    def evaluate_teacher(self, helpers: Helpers | None = None) -> Evaluation:
         """The teacher's own figures: its sampler, guided, same noise and captions; cached by protocol and weights.
 
         Raises ConfigError where guidance is asked of a teacher without a null condition.
         """
-        steps = self.config.teacher_steps
-        discrete = isinstance(self.pipeline.denoiser.schedule, VPDiscreteSchedule)
-        sampler, evaluations = ("ddim", steps) if discrete else ("heun", 2 * steps - 1)
+        sampler, evaluations = self.samples.teacher_sampler()
         protocol = replace(
             self.protocol,
             sampler=sampler,
@@ -235,7 +278,7 @@ class Evaluator:
         if cached and cached.is_file():
             metrics = json.loads(cached.read_text())["metrics"]
         else:
-            metrics = self._figures(self._generate_teacher, protocol, "teacher_")
+            metrics = self._figures(self.samples.of_teacher, helpers, "teacher_")
             if cached:
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 partial = cached.with_suffix(".partial")
@@ -243,92 +286,31 @@ class Evaluator:
                 partial.replace(cached)
         return Evaluation(metrics, described(protocol), b"")
 
+    def part(self, snapshot: Snapshot | None, worker: int, workers: int) -> Part:
+        """A helper's share of a snapshot's samples, or (None) of the teacher's."""
+        if snapshot is None:
+            return self._part(self.samples.of_teacher, worker, workers)
+        self._generator.load_state_dict(generator_weights(snapshot, self.config.weights))
+        return self._part(self.samples.generated, worker, workers)
+
+    def _part(self, generate: Callable[[list[int]], Tensor], worker: int, workers: int) -> Part:
+        part = Part()
+        for indices in batches_of(self.config.samples, self.config.batch_size, worker, workers):
+            captions = [self.samples.captions[index] for index in indices]
+            self._setup.judge.look(part, generate(indices), captions)
+        return part
+
     def _figures(
-        self, generate: Callable[[list[int]], Tensor], protocol: Protocol, who: str
+        self, generate: Callable[[list[int]], Tensor], helpers: Helpers | None, who: str
     ) -> dict[str, float]:
-        statistics = FeatureStatistics()
-        drawn: list[Tensor] = []
-        shown: list[Tensor] = []
-        for indices in self._batches():
-            features, objects = self._detector(generate(indices))
-            statistics.update(features)
-            drawn.append(features)
-            shown.append(objects.cpu())
-        accuracy = self._detector.accuracy(torch.cat(shown), self.captions)
-        return {
-            protocol.key(f"{who}toyfid"): frechet_distance(statistics, self._reference),
-            protocol.key(f"{who}toykid"): kernel_distance(torch.cat(drawn), self._reference_features),
-            protocol.key(f"{who}{self._detector.accuracy_metric}"): accuracy,
-        }
-
-    def _batches(self) -> Iterator[list[int]]:
-        for start in range(0, self.config.num_samples, self.config.batch_size):
-            yield list(range(start, min(start + self.config.batch_size, self.config.num_samples)))
-
-    def _generate(self, indices: list[int]) -> Tensor:
-        return to_uint8(self.pipeline.decode(self._samples(indices, self._cond(indices))))
-
-    def _samples(self, indices: list[int], cond: Cond) -> Tensor:
-        return self.method.sample(
-            self._generator,
-            cond,
-            self._noise("eval/noise", indices),
-            lambda step: self._noise(f"eval/renoise_{step}", indices),
-        )
-
-    @torch.no_grad()
-    def _generate_teacher(self, indices: list[int]) -> Tensor:
-        cond = self._cond(indices)
-        null = self.pipeline.null_cond(len(indices))
-        denoiser = self.pipeline.denoiser
-        schedule, steps = denoiser.schedule, self.config.teacher_steps
-
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return denoise_guided(denoiser, x_t, t, cond, null, self.guidance_scale)
-
-        noise = self._noise("eval/noise", indices)
-        if isinstance(schedule, VPDiscreteSchedule):
-            times = trailing_times(steps, schedule.num_train_timesteps)
-            latents = ddim(denoise, schedule, [*times, schedule.t_clean], noise)
-        else:
-            times = karras_times(steps, schedule)
-            x_T = schedule.sigma(torch.tensor(schedule.t_max)).item() * noise
-            latents = heun(denoise, schedule, [*times, schedule.t_clean], x_T)
-        return to_uint8(self.pipeline.decode(latents))
-
-    @torch.no_grad()
-    def _picture(self, step: int) -> bytes:
-        """Rows for the same noise: generator, what teacher and critic make of its noised samples, teacher's own.
-
-        A report takes the first and the last one.
-        """
-        indices = list(range(self.config.grid_images))
-        if self._teacher_grid is None:
-            self._teacher_grid = self._generate_teacher(indices).cpu()
-        cond = self._cond(indices)
-        x = self._samples(indices, cond)
-        schedule = self._generator.schedule
-        middle = schedule.t_from_edm_sigma(
-            torch.ones(len(indices), dtype=torch.float64, device=x.device)
-        ).float()
-        x_t = schedule.add_noise(x, middle, self._noise("eval/grid", indices))
-        null = self.pipeline.null_cond(len(indices))
-        real = denoise_guided(self.pipeline.denoiser, x_t, middle, cond, null, self.guidance_scale)
-        fake = self._critic(x_t, middle, cond)
-        rows = [
-            (f"generator, {len(self.method.sampling_times)} step, update {step}", x),
-            ("teacher's x0 of it at sigma 1", real),
-            ("critic's x0 of it at sigma 1", fake),
-        ]
-        pictures = [(label, to_uint8(self.pipeline.decode(latents)).cpu()) for label, latents in rows]
-        pictures.append((f"teacher, {self.config.teacher_steps} steps", self._teacher_grid))
-        return grid_png(pictures, [self.captions[i] for i in indices])
-
-    def _cond(self, indices: list[int]) -> Cond:
-        return self.pipeline.encode_text([self.captions[i] for i in indices])
-
-    def _noise(self, purpose: str, indices: list[int]) -> Tensor:
-        return self._draws.normal(purpose, 0, indices, self.pipeline.latent_shape).to(self.device)
+        workers = 1 + (helpers.count if helpers else 0)
+        if helpers:
+            helpers.start()
+        whole = self._part(generate, 0, workers)
+        for number, part in enumerate(helpers.collect() if helpers else (), 1):
+            whole.merge(self._part(generate, number, workers) if part is None else part)
+        found = self._setup.judge.figures(whole, self.samples.captions)
+        return {self.protocol.key(f"{who}{name}"): value for name, value in found.items()}
 
 
 def described(protocol: Protocol) -> dict[str, object]:

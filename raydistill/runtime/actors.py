@@ -5,12 +5,15 @@
     driver --progress()--------> TrackerActor
 
 Both may die: Ray restarts them and repeats the calls in hand. The evaluator holds nothing that a snapshot does not;
-the tracker goes on with its journal and its MLflow run.
+the tracker goes on with its journal and its MLflow run. With evaluator.workers=N the evaluator has N - 1 helpers, each
+of which looks at a share of a figure's samples; it makes the figure of the shares, and a share itself where a helper is
+lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +24,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.errors import EvaluatorError, RayDistillError
+from raydistill.eval.judge import Part
 from raydistill.roles.evaluator import Evaluation, Evaluator
 from raydistill.runtime.prometheus import Figures
-from raydistill.runtime.services import build_evaluator, evaluate_snapshot, open_tracker
+from raydistill.runtime.services import build_evaluator, evaluate_part, evaluate_snapshot, open_tracker
 from raydistill.runtime.settings import config_from_dict
 from raydistill.tracking import RunInput, Tracker
+
+log = logging.getLogger(__name__)
 
 
 class _TrackerActor:
@@ -92,16 +98,25 @@ class _TrackerActor:
 
 
 class _EvaluatorActor:
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], helpers: Sequence[Any] = ()):
         import torch
 
         self._config = config_from_dict(config)
+        self._helpers = helpers
         self._built: Evaluator | None = None
         torch.set_num_threads(self._config.evaluator.threads)
         if self._config.evaluator.idle_priority:
             give_way()
 
     def evaluate(self, step: int) -> Evaluation:
+        helpers = _Helpers(self._helpers, step) if self._helpers else None
+        return evaluate_snapshot(self._evaluator, self._config, step, helpers)
+
+    def part(self, step: int, worker: int, workers: int) -> Part:
+        return evaluate_part(self._evaluator, self._config, step, worker, workers)
+
+    @property
+    def _evaluator(self) -> Evaluator:
         if self._built is None:
             from raydistill.runtime.teachers import shared_teacher
 
@@ -111,7 +126,36 @@ class _EvaluatorActor:
                 if config.placement.evaluator_gpus
                 else build_evaluator(config, shared=partial(shared_teacher, config))
             )
-        return evaluate_snapshot(self._built, self._config, step)
+        return self._built
+
+
+class _Helpers:
+    """The other evaluators, asked for one step's shares."""
+
+    def __init__(self, handles: Sequence[Any], step: int):
+        self.count = len(handles)
+        self._handles = handles
+        self._step = step
+        self._requests: list[Any] = []
+
+    def start(self) -> None:
+        workers = self.count + 1
+        self._requests = [
+            handle.part.remote(self._step, worker, workers) for worker, handle in enumerate(self._handles, 1)
+        ]
+
+    def collect(self) -> list[Part | None]:
+        return [self._collected(request) for request in self._requests]
+
+    def _collected(self, request: Any) -> Part | None:
+        try:
+            part: Part = get(request)
+        except ray.exceptions.RayTaskError:
+            raise  # it said why, and would say it here
+        except ray.exceptions.RayError as error:
+            log.warning("a helper of the evaluator is lost: %s", " ".join(str(error).split())[-300:])
+            return None
+        return part
 
 
 def give_way() -> None:
@@ -133,12 +177,17 @@ def start_tracker(config: dict[str, Any]) -> Any:
     return ray.remote(_TrackerActor).options(**options).remote(config)
 
 
-def start_evaluator(config: dict[str, Any], gpus: float, node: str | None = None) -> Any:
-    """The evaluator's actor, on the node of this id if it is there and has room."""
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-    if node is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-    return ray.remote(_EvaluatorActor).options(**options).remote(config)
+def start_evaluators(config: dict[str, Any], count: int, gpus: float, nodes: Sequence[str] = ()) -> list[Any]:
+    """The evaluator's actor and count - 1 helpers after it, each on its node of these ids if that is there and has
+    room."""
+    started: list[Any] = []
+    for number in reversed(range(count)):
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+        if nodes:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(nodes[number], soft=True)
+        helpers = () if number else tuple(started)
+        started.insert(0, ray.remote(_EvaluatorActor).options(**options).remote(config, helpers))
+    return started
 
 
 class ActorTracker:

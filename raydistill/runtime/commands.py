@@ -11,17 +11,20 @@ from tempfile import TemporaryDirectory
 import torch
 
 from raydistill.checkpoint import Snapshot, Snapshots
+from raydistill.config import apply_overrides
 from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
+from raydistill.eval.published import TOY
 from raydistill.models.denoiser import Denoiser
 from raydistill.models.diffusers_hub import import_diffusers
 from raydistill.models.edm_pipeline import is_edm, load_edm_pipeline
 from raydistill.models.pipeline import Pipeline
 from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
-from raydistill.runtime.services import build_evaluator
+from raydistill.runtime.run import resolve
+from raydistill.runtime.services import build_evaluator, require_evaluation
 from raydistill.runtime.settings import RunConfig, config_from_dict
 from raydistill.runtime.summary import EXPORT_FILE, export_snapshot, open_export
 from raydistill.tracking import download_model
@@ -96,11 +99,17 @@ def evaluate(
     step: int | None = None,
     weights: Weights | None = None,
     tracking_uri: str | None = None,
+    settings: Sequence[str] = (),
 ) -> dict[str, object]:
-    """Figures of a generator and of its teacher, with the protocol's hash.
+    """Figures of a generator and (evaluator.teacher_figure) of its teacher, with the protocol's hash.
 
     run: folder of a run, of an export, or a registered model (models:/NAME@best) of the MLflow at `tracking_uri`.
+    settings: evaluator.NAME=VALUE, other ones than the run's.
     """
+    if others := [text for text in settings if not text.startswith("evaluator.")]:
+        raise ConfigError(
+            f"{others[0]!r}: only settings of the evaluator (evaluator.NAME=VALUE) can be changed here"
+        )
     if run.startswith("models:/"):
         with TemporaryDirectory(prefix="raydistill-") as folder:
             config, update, generator = open_export(download_model(run, tracking_uri, folder))
@@ -112,14 +121,27 @@ def evaluate(
         step = weights = None
     if step is not None or weights is not None:
         raise ConfigError(f"{run} is one export of update {update}: leave --step and --weights out")
-    if num_samples is not None:
-        columns = min(config.evaluator.grid_images, num_samples)
-        config = replace(
-            config, evaluator=replace(config.evaluator, num_samples=num_samples, grid_images=columns)
-        )
+    config = _evaluated_by(config, settings, num_samples)
+    require_evaluation(config)
     evaluator = build_evaluator(config)
-    figures: dict[str, object] = dict(evaluator.figures(generator) | evaluator.evaluate_teacher().metrics)
-    return figures | {"step": update, "protocol_hash": evaluator.protocol.hash()}
+    figures: dict[str, object] = dict(evaluator.figures(generator))
+    if config.evaluator.teacher_figure:
+        figures |= evaluator.evaluate_teacher().metrics
+    protocol = {"protocol": evaluator.protocol.name, "protocol_hash": evaluator.protocol.hash()}
+    return figures | {"step": update} | protocol
+
+
+def _evaluated_by(config: RunConfig, settings: Sequence[str], num_samples: int | None) -> RunConfig:
+    """The run with other settings of its evaluator, which shows no picture and chooses no snapshot here."""
+    config = replace(config, evaluator=replace(config.evaluator, grid_images=1, best_by="toyfid"))
+    config = resolve(apply_overrides(config, settings))
+    if num_samples is None:
+        return config
+    protocol = config.evaluator.protocol
+    if protocol == TOY:
+        return replace(config, evaluator=replace(config.evaluator, num_samples=num_samples))
+    shorter = f"{protocol.partition('@')[0]}@{num_samples}"
+    return replace(config, evaluator=replace(config.evaluator, protocol=shorter))
 
 
 def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:

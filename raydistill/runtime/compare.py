@@ -21,6 +21,7 @@ from raydistill.errors import ConfigError, TrainingError
 from raydistill.eval.protocol import SAMPLER_FIELDS, Protocol, require_same
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.run import resolve, run
+from raydistill.runtime.services import require_evaluation
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict, validate
 from raydistill.runtime.signals import on_sigterm
@@ -44,6 +45,12 @@ def compare(
     configs = [resolve(config) for config in configs]
     for config in configs:
         validate(config)
+        require_evaluation(config)
+    if len(protocols := {config.evaluator.protocol: config.name for config in configs}) > 1:
+        differing = ", ".join(f"{protocol} ({run})" for protocol, run in protocols.items())
+        raise ConfigError(
+            f"figures of different protocols can't be compared, evaluator.protocol is {differing}"
+        )
     first = configs[0]
     require_store(first.tracking, first.run_dir)
     for config in configs:
@@ -79,7 +86,8 @@ def compare(
                     bar.update()
         require_same([_protocol(config) for config in children], SAMPLER_FIELDS)
         for summary in done.values():
-            if summary["toyfid_start"] is None or summary["toyfid_end"] is None:
+            quality = summary["quality"]
+            if summary[f"{quality}_start"] is None or summary[f"{quality}_end"] is None:
                 failed = "; ".join(f"update {s}: {e}" for s, e in summary["evaluations_failed"].items())
                 raise ConfigError(f"{summary['name']} has no figure to compare: {failed}")
     except BrokenProcessPool as error:
@@ -115,55 +123,58 @@ def _run(settings: Mapping[str, Any]) -> Summary:
 
 def _protocol(config: RunConfig) -> Protocol:
     ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
-    entry = ledger[str(TEACHER_STEP)]
-    if entry["state"] != "done":
+    if not config.evaluator.teacher_figure:
+        entry = next(entry for entry in ledger.values() if entry["state"] == "done")
+    elif (entry := ledger[str(TEACHER_STEP)])["state"] != "done":
         raise ConfigError(f"the teacher's figure of {config.name} is missing: {entry.get('error')}")
     return Protocol.from_dict({key: value for key, value in entry["protocol"].items() if key != "hash"})
 
 
 def row(summary: Summary) -> dict[str, Any]:
     """A line of the table: where it began, where it came to, and what that cost."""
-    accuracy = summary["accuracy"]
+    quality, accuracy = summary["quality"], summary["accuracy"]
     return {
         "name": summary["name"],
         "method": summary["method"],
         "steps": summary["generator_steps"],
-        "toyfid_start": summary["toyfid_start"],
-        "toyfid_end": summary["toyfid_end"],
-        "toyfid_teacher": summary["toyfid_teacher"],
-        accuracy: summary[accuracy],
+        "quality": quality,
+        "accuracy": accuracy,
+        f"{quality}_start": summary[f"{quality}_start"],
+        f"{quality}_end": summary[f"{quality}_end"],
+        f"{quality}_teacher": summary[f"{quality}_teacher"],
+        **({accuracy: summary[accuracy]} if accuracy else {}),
         "generator_updates": summary["generator_updates"],
         "critic_updates": summary["critic_updates"],
         "images": summary["images"],
         "wall_s": summary["wall_s"],
         "seed": summary["seed"],
-        "samples": summary["toyfid_samples"],
+        "samples": summary[f"{quality}_samples"],
         "curve": summary["curve"],
     }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """For the screen and for README, in Markdown."""
-    accuracy = next(name for name in rows[0] if name.endswith("_accuracy"))
-    n = rows[0]["samples"]
+    quality, accuracy = rows[0]["quality"], rows[0]["accuracy"]
+    n, own = rows[0]["samples"], rows[0][f"{quality}_teacher"]
     heads = [
-        "run", "steps", f"toyfid ({n}), start", "end", "lower by", "over the teacher's", accuracy.replace("_", " "),
-        "images", "seconds",
+        "run", "steps", f"{quality} ({n}), start", "end", "lower by", *["over the teacher's"] * (own is not None),
+        *[accuracy.replace("_", " ")] * bool(accuracy), "images", "seconds",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for each in rows:
-        start, end, teacher = each["toyfid_start"], each["toyfid_end"], each["toyfid_teacher"]
-        cells = [
-            each["name"], str(each["steps"]), f"{start:.3f}", f"{end:.3f}", f"{start / end:.1f}x",
-            f"{end / teacher:.2f}x", f"{each[accuracy]:.3f}", str(each["images"]), f"{each['wall_s']:.0f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append(f"\nteacher: {rows[0]['toyfid_teacher']:.3f}")
+        start, end, teacher = (each[f"{quality}_{of}"] for of in ("start", "end", "teacher"))
+        cells = [each["name"], str(each["steps"]), f"{start:.3f}", f"{end:.3f}", f"{start / end:.1f}x"]
+        cells += [f"{end / teacher:.2f}x"] if own is not None else []
+        cells += [f"{each[accuracy]:.3f}"] if accuracy else []
+        lines.append("| " + " | ".join([*cells, str(each["images"]), f"{each['wall_s']:.0f}"]) + " |")
+    if own is not None:
+        lines.append(f"\nteacher: {own:.3f}")
     return "\n".join(lines)
 
 
 def plot_png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """toyfid against generated images, one curve a run, the teacher's figure as a line."""
+    """The main distance against generated images, one curve a run, the teacher's figure as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,17 +183,19 @@ def plot_png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for number, each in enumerate(rows):
         per_update = each["images"] / each["generator_updates"]
-        points = [(step * per_update, value) for step, value, _ in each["curve"]]
+        points = [(step * per_update, value) for step, value, *_ in each["curve"]]
         axes.plot(
             *zip(*points, strict=True), marker="os^Dv"[number % 5], markersize=4, label=each["name"],
             linestyle="-" if number < 7 else "--",
         )  # fmt: skip
-    teacher = rows[0]["toyfid_teacher"]
-    axes.axhline(teacher, color="black", linestyle=":", label=f"teacher ({teacher:.3f})")
+    quality = rows[0]["quality"]
+    teacher = rows[0][f"{quality}_teacher"]
+    if teacher is not None:
+        axes.axhline(teacher, color="black", linestyle=":", label=f"teacher ({teacher:.3f})")
     axes.set(
         yscale="log",
         xlabel="images generated for training",
-        ylabel=f"toyfid ({rows[0]['samples']} samples)",
+        ylabel=f"{quality} ({rows[0]['samples']} samples)",
         title=title,
     )
     axes.grid(alpha=0.3, which="both")

@@ -146,7 +146,8 @@ class Keeper:
         self.session.tracker.inputs(inputs_of(self.trainer))
         self.session.tracker.metrics({"restarts": float(count_start(self.config.run_dir, step))}, step)
         if self.queue:
-            self.queue.submit(TEACHER_STEP, must=True)
+            if self.config.evaluator.teacher_figure:
+                self.queue.submit(TEACHER_STEP, must=True)
             for older in self.snapshots.steps():
                 if is_evaluated_step(self.config, older):
                     self.queue.submit(older, must=self._must(older))

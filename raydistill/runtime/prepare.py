@@ -57,7 +57,8 @@ def _folders(config: RunConfig) -> dict[str, Path]:
 
 def prepare_builtin(config: RunConfig) -> None:
     """Write the scenes or digits, where the run uses them, if they are not there; shows its progress."""
-    used = [config.prepare.coco] + [config.evaluator.coco] * config.evaluator.enabled
+    evaluated = config.evaluator.enabled and config.evaluator.reads_coco
+    used = [config.prepare.coco] + [config.evaluator.coco] * evaluated
     folders = {name: folder / "coco" for name, folder in _folders(config).items()}
     if str(folders[_SCENES]) in used:
         write_scenes(folders[_SCENES], num_train=config.prepare.num_train, num_val=config.prepare.num_val)

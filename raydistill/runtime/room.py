@@ -64,8 +64,8 @@ def has_room(nodes: Sequence[Mapping[str, float]], config: RunConfig, cpus: int,
 class Room:
     """The nodes for what is started before the workers; Ray, left alone, might take the workers' places."""
 
-    evaluator: str | None
-    """None: any."""
+    evaluators: tuple[str, ...]
+    """Of one each; empty: any."""
     teachers: tuple[str, ...]
     """Of one replica each; empty: any."""
 
@@ -79,7 +79,7 @@ def find_room(config: RunConfig) -> Room:
     require_fit(config, [node["Resources"].get("memory", float("inf")) for node in nodes])
     taken = check_room([node["Resources"] for node in nodes], config, worker_cpus(config))
     ids = {name: tuple(nodes[n]["NodeID"] for n in where) for name, where in taken.items()}
-    return Room(next(iter(ids["evaluator"]), None), ids["teachers"])
+    return Room(ids["evaluator"], ids["teachers"])
 
 
 def check_room(
@@ -95,8 +95,12 @@ def check_room(
     teachers = 0 if placement.mode == "colocated" else placement.teacher_replicas
     teachers *= 1 if placement.teacher_service else runs
     workers = placement.workers * runs
+    evaluators = runs * config.evaluator.workers * config.evaluator.enabled
     services = [
-        ("evaluator", runs * config.evaluator.enabled, "", {"GPU": ("evaluator_gpus", placement.evaluator_gpus)}),
+        (
+            "evaluator", evaluators, f"evaluator.workers={evaluators} x " if evaluators > runs else "",
+            {"GPU": ("evaluator_gpus", placement.evaluator_gpus)},
+        ),
         (
             "teachers", teachers, f"placement.teacher_replicas={teachers} x ",
             {

@@ -22,6 +22,7 @@ from raydistill.errors import ConfigError, PlacementError, TrainingError
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.local_cluster import address_to_join, free_ports, prepare_to_join
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
+from raydistill.runtime.services import require_evaluation
 from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_stop, stop_requested
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.signals import on_sigterm
@@ -52,6 +53,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = resolve(config)
     validate(config)
     require_store(config.tracking, config.run_dir)  # before data is prepared, which may take minutes
+    require_evaluation(config)
     warn_if_not_exportable(config)
     check_folder(config)
     made, total = _snapshots(config).steps(), config.train.generator_updates
@@ -97,7 +99,14 @@ def resolve(config: RunConfig) -> RunConfig:
             config.data, shards=_absolute(config.data.shards), cache_dir=_absolute(config.data.cache_dir)
         ),
         prepare=replace(config.prepare, coco=_absolute(config.prepare.coco)),
-        evaluator=replace(config.evaluator, coco=_absolute(config.evaluator.coco)),
+        evaluator=replace(
+            config.evaluator,
+            coco=_absolute(config.evaluator.coco),
+            detector_file=_absolute(config.evaluator.detector_file),
+            reference=_absolute(config.evaluator.reference),
+            captions=_absolute(config.evaluator.captions),
+            clip=_absolute(config.evaluator.clip),
+        ),
         tracking=replace(config.tracking, uri=_absolute_sqlite(config.tracking.uri)),
     )
     return builtin_paths(config)
@@ -203,19 +212,24 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
     from raydistill.runtime.teachers import start_pool
 
     gpus = config.placement.evaluator_gpus
-    evaluator = teachers = None
+
+    def start_evaluators() -> list[Any]:
+        return actors.start_evaluators(to_dict(config), config.evaluator.workers, gpus, room.evaluators)
+
+    teachers = None
+    evaluators: list[Any] = []
     status, opened = "FAILED", False
     try:
         prepare_builtin(config)
         if config.evaluator.enabled and not gpus:
-            evaluator = actors.start_evaluator(to_dict(config), gpus, room.evaluator)
-            if not (Path(config.run_dir) / LEDGER).exists():
+            evaluators = start_evaluators()
+            if config.evaluator.teacher_figure and not (Path(config.run_dir) / LEDGER).exists():
                 # the answer stays in the evaluator's cache, a failure shows again when the queue asks
-                evaluator.evaluate.remote(TEACHER_STEP)
+                evaluators[0].evaluate.remote(TEACHER_STEP)
         prepare_shards(config)
         _prepare_folder(config)
         if config.evaluator.enabled and gpus:
-            evaluator = actors.start_evaluator(to_dict(config), gpus, room.evaluator)
+            evaluators = start_evaluators()
         run_id = actors.get(tracker.run_id.remote())
         opened = True
         actors.get(tracker.params.remote(flatten(config)))
@@ -227,7 +241,7 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
 
         # inside ray.init's own SIGTERM handler, which would end this process at once
         with _stop_on_sigterm(config.run_dir), show_progress(config, progress):
-            ray_train.fit(config, tracker, evaluator, teachers, run_id)
+            ray_train.fit(config, tracker, evaluators[0] if evaluators else None, teachers, run_id)
         status = _close(
             config,
             run_id,
@@ -241,7 +255,7 @@ def _train_on_ray(config: RunConfig, room: Room, tracker: Any) -> None:
             except ray.exceptions.RayError as error:  # must not hide what ended the run
                 log.warning("the tracker could not be closed; its journal is whole: %s", error)
         own = None if config.placement.teacher_service else teachers
-        for actor in (tracker, evaluator, own):
+        for actor in (tracker, *evaluators, own):
             if actor is not None:
                 ray.kill(actor)
 
@@ -409,7 +423,9 @@ def _eta(step: int, total: int, first: tuple[int, float] | None) -> str:
 def _words(values: dict[str, float], steps: dict[str, int]) -> str:
     losses = [("loss/generator_total", "generator"), ("loss/critic_total", "critic")]
     figures = [
-        (name, name.removeprefix("eval/")) for name in sorted(values) if name.startswith("eval/toyfid")
+        (name, name.removeprefix("eval/"))
+        for name in sorted(values)
+        if name.startswith(("eval/toyfid", "eval/fid"))
     ]
     words = [f"{short}={values[name]:.3g}" for name, short in losses if name in values]
     if figures:

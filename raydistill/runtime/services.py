@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from raydistill.checkpoint import Snapshots
+from raydistill.checkpoint import Snapshot, Snapshots
 from raydistill.errors import EvaluatorError, RayDistillError
+from raydistill.eval.judge import Part
 from raydistill.models.denoiser import Denoiser
-from raydistill.roles.evaluator import Evaluation, Evaluator
+from raydistill.models.edm_pipeline import is_edm
+from raydistill.roles.evaluation_inputs import require_conditions, require_files
+from raydistill.roles.evaluator import Evaluation, Evaluator, Helpers
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.session import TEACHER_STEP
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.tracking import RunInput, Tracker, code_commit, previous_run_id
 
 log = logging.getLogger(__name__)
@@ -42,15 +45,40 @@ def build_evaluator(
         config.teacher.guidance_scale,
         device=device,
         cache_dir=f"{config.output_dir}/teacher_figures",
+        reference_dir=f"{config.output_dir}/reference_features",
         channels_last=config.train.channels_last,
     )
 
 
-def evaluate_snapshot(evaluator: Evaluator, config: RunConfig, step: int) -> Evaluation:
+def require_evaluation(config: RunConfig) -> None:
+    """Raise ConfigError or DataError if the evaluator's protocol does not fit the teacher or lacks a file."""
+    if config.evaluator.enabled:
+        require_protocol_fits(config)
+        require_files(config.evaluator)
+
+
+def require_protocol_fits(config: RunConfig) -> None:
+    """Raise ConfigError if the evaluator's protocol does not fit the teacher's conditions."""
+    if config.evaluator.enabled:
+        require_conditions(config.evaluator, by_class=is_edm(teacher_folder(config.teacher)))
+
+
+def evaluate_snapshot(
+    evaluator: Evaluator, config: RunConfig, step: int, helpers: Helpers | None = None
+) -> Evaluation:
     """The figures of the run's snapshot of `step`, or of the teacher."""
     if step == TEACHER_STEP:
-        return evaluator.evaluate_teacher()
-    return evaluator.evaluate(Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).read(step))
+        return evaluator.evaluate_teacher(helpers)
+    return evaluator.evaluate(_snapshot(config, step), helpers)
+
+
+def evaluate_part(evaluator: Evaluator, config: RunConfig, step: int, worker: int, workers: int) -> Part:
+    """One worker's share of it."""
+    return evaluator.part(None if step == TEACHER_STEP else _snapshot(config, step), worker, workers)
+
+
+def _snapshot(config: RunConfig, step: int) -> Snapshot:
+    return Snapshots(f"{config.run_dir}/snapshots", config.checkpoint.keep).read(step)
 
 
 class LocalTracker:

@@ -222,16 +222,19 @@ class EvaluationQueue:
 
     def _forget_other_protocols(self, protocol: Mapping[str, Any]) -> None:
         """Figures made with other references, captions or detectors are no curve together with this one."""
-        data = {name: value for name, value in protocol.items() if name not in (*SAMPLER_FIELDS, "hash")}
+
+        def data(of: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in of.items() if name not in (*SAMPLER_FIELDS, "hash")}
+
         others = [
             step
             for step, entry in self.ledger.items()
-            if entry["state"] == "done" and any(entry["protocol"].get(k) != v for k, v in data.items())
+            if entry["state"] == "done" and data(entry["protocol"]) != data(protocol)
         ]
         if others:
             log.warning(
-                "the figures of step(s) %s were made under another protocol (evaluator.coco or prepare.num_val "
-                "changed) and are left out from here on",
+                "the figures of step(s) %s were made under another protocol (evaluator.coco, evaluator.reference, "
+                "evaluator.captions or prepare.num_val changed) and are left out from here on",
                 ", ".join(others),
             )
         for step in others:

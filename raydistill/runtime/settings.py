@@ -204,8 +204,9 @@ RESUMABLE_CHANGES = (
     "resume", "output_dir", "train.log_every", "data.shards", "data.cache_dir",
     "data.num_workers", "data.prefetch_micro_batches", "data.cache_mb", "data.endpoint_url", "data.timeout_s",
     "prepare.", "evaluator.coco", "evaluator.every", "evaluator.may_skip", "evaluator.best_by", "evaluator.batch_size",
-    "evaluator.grid_images",
-    "evaluator.threads", "evaluator.idle_priority", "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
+    "evaluator.grid_images", "evaluator.detector_file", "evaluator.reference", "evaluator.captions",  # content counts
+    "evaluator.workers", "evaluator.teacher_figure", "evaluator.threads", "evaluator.idle_priority",
+    "evaluator.head_start_s", "checkpoint.", "placement.", "tracking.",
 )  # fmt: skip
 """Settings (or prefixes) that may differ between a snapshot and the run that goes on from it; so may
 train.generator_updates, if learning rates don't depend on it."""
@@ -214,7 +215,7 @@ NUMERIC_PLACEMENT = ("placement.max_staleness", "placement.wire_dtype", "placeme
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_OUR_FOLDERS = ("data", "teacher_figures", "mlflow.db", "mlartifacts")
+_OUR_FOLDERS = ("data", "teacher_figures", "reference_features", "mlflow.db", "mlartifacts")
 
 
 def validate(config: RunConfig) -> None:
@@ -239,6 +240,10 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
     _validate_placement(config.placement)
     require_divisible(config)
+    if config.evaluator.workers > 1 and config.placement.session == "inline":
+        raise PlacementError(
+            f"evaluator.workers={config.evaluator.workers} needs placement.session=ray; inline is one process"
+        )
     if config.evaluator.weights == "ema" and config.generator.ema_halflife_images <= 0:
         raise ConfigError(
             "evaluator.weights=ema needs generator.ema_halflife_images > 0 (it is 0: no EMA is kept)"

@@ -15,8 +15,7 @@ from raydistill.checkpoint import Snapshot, Snapshots
 from raydistill.config import to_dict
 from raydistill.diffusion.schedules import EDMSchedule
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.eval.detectors import ACCURACY
-from raydistill.eval.protocol import cost
+from raydistill.eval.protocol import cost, count_label, second_figure
 from raydistill.methods.method import Method
 from raydistill.models.diffusers_export import export_pipeline, exported_weights, few_step_scheduler
 from raydistill.models.diffusers_hub import scheduler_config
@@ -52,6 +51,7 @@ def summarise(config: RunConfig, run_id: str) -> Path:
         "guidance_scale": config.teacher.guidance_scale,
         "teacher": config.teacher.path,
         "teacher_steps": config.evaluator.teacher_steps,
+        "teacher_figure": config.evaluator.teacher_figure,
         "teacher_sampler": "Heun" if isinstance(method.schedule, EDMSchedule) else "DDIM",
         "seed": config.seed,
         "mlflow_uri": without_secrets(config.tracking.uri or f"sqlite:///{config.output_dir}/mlflow.db"),
@@ -185,29 +185,36 @@ def _method(config: RunConfig) -> Method:
 def _figures(config: RunConfig, last_step: int) -> tuple[dict[str, Any], int | None]:
     """Figures, None where an evaluation failed, and the best evaluated step."""
     ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
-    metric, judged = config.evaluator.figures["toyfid"], config.evaluator.best_metric
-    label = metric.rpartition("_")[2]
+    quality, judged = config.evaluator.quality, config.evaluator.best_metric
+    metric, label = config.evaluator.figures[quality], count_label(config.evaluator.samples)
     done = {int(s): e["metrics"] for s, e in ledger.items() if e["state"] == "done"}
     teacher = done.pop(TEACHER_STEP, {})
     best = min(done, key=lambda step: cost(judged, done[step][judged]), default=None)
-    measured = ACCURACY[config.evaluator.detector]
-    accuracy = f"eval/{measured}_{label}"
     start, end = done.get(0, {}), done.get(last_step, {})
     figures = {
-        "toyfid_start": start.get(metric),
-        "toyfid_end": end.get(metric),
-        "toyfid_best": done[best][metric] if best is not None else None,
-        "toyfid_teacher": teacher.get(f"eval/teacher_toyfid_{label}"),
-        f"{measured}_start": start.get(accuracy),
-        measured: end.get(accuracy),
-        f"{measured}_teacher": teacher.get(f"eval/teacher_{measured}_{label}"),
-        "toyfid_samples": config.evaluator.num_samples,
-        f"{measured}_samples": config.evaluator.num_samples,
-        "accuracy": measured,
+        "protocol": config.evaluator.protocol,
+        "quality": quality,
+        f"{quality}_start": start.get(metric),
+        f"{quality}_end": end.get(metric),
+        f"{quality}_best": done[best][metric] if best is not None else None,
+        f"{quality}_teacher": teacher.get(f"eval/teacher_{quality}_{label}"),
+        f"{quality}_samples": config.evaluator.samples,
+        "accuracy": None,
         "best_step": best,
-        "curve": [[step, done[step][metric], done[step][accuracy]] for step in sorted(done)],
+        "curve": [[step, done[step][metric]] for step in sorted(done)],
         "evaluations_failed": {s: e["error"] for s, e in ledger.items() if e["state"] == "failed"},
     }
+    accuracy = second_figure(config.evaluator.figures.values())
+    if accuracy is not None:
+        measured = accuracy.removeprefix("eval/").removesuffix(f"_{label}")
+        figures |= {
+            f"{measured}_start": start.get(accuracy),
+            measured: end.get(accuracy),
+            f"{measured}_teacher": teacher.get(f"eval/teacher_{measured}_{label}"),
+            f"{measured}_samples": config.evaluator.samples,
+            "accuracy": measured,
+            "curve": [[step, done[step][metric], done[step][accuracy]] for step in sorted(done)],
+        }
     return figures, best
 
 
@@ -223,6 +230,25 @@ def _where_to_compare(uri: str, run_dir: str) -> str:
     return f"{Path(sys.executable).with_name('mlflow')} ui --host 127.0.0.1 --backend-store-uri {uri}"
 
 
+def _figure_lines(summary: dict[str, Any], steps: int) -> list[str]:
+    """A column for each of the main figures."""
+    quality, measured = summary["quality"], summary["accuracy"]
+    n = summary[f"{quality}_samples"]
+    sampled = f"{summary['teacher_steps']} {summary['teacher_sampler']} steps"
+    generator = f"generator, {steps} step{'s' * (steps > 1)}"
+    rows = [(f"{generator}, start", f"{quality}_start", f"{measured}_start"),
+            (f"{generator}, end", f"{quality}_end", f"{measured}")]  # fmt: skip
+    if summary["teacher_figure"]:
+        teacher = f"teacher, {sampled}, guidance {summary['guidance_scale']:g}"
+        rows.append((teacher, f"{quality}_teacher", f"{measured}_teacher"))
+    second = f"{f'{measured} ({n})'.replace('_', ' '):>24}" if measured else ""
+    lines = [f"{'':<42}{f'{quality} ({n})':>14}{second}"]
+    for label, first, other in rows:
+        cell = f"{_cell(summary[other]):>24}" if measured else ""
+        lines.append(f"{label:<42}{_cell(summary[first]):>14}{cell}")
+    return lines
+
+
 def table(summary: dict[str, Any]) -> str:
     """The result as a person wants to read it."""
     steps = summary["generator_steps"]
@@ -230,24 +256,8 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['name']}: {summary['method']}, {summary['generator_updates']} generator updates, "
         f"{summary['critic_updates']} critic updates, {summary['images']} images, {summary['wall_s']:.0f} s of training"
     ]
-    if "toyfid_end" in summary:
-        n, measured = summary["toyfid_samples"], summary["accuracy"]
-        heads = f"toyfid ({n})", f"{measured.replace('_', ' ')} ({n})"
-        sampled = f"{summary['teacher_steps']} {summary['teacher_sampler']} steps"
-        rows = [
-            (f"generator, {steps} step{'s' * (steps > 1)}, start", "toyfid_start", f"{measured}_start"),
-            (f"generator, {steps} step{'s' * (steps > 1)}, end", "toyfid_end", measured),
-            (
-                f"teacher, {sampled}, guidance {summary['guidance_scale']:g}",
-                "toyfid_teacher",
-                f"{measured}_teacher",
-            ),
-        ]
-        lines.append(f"{'':<42}{heads[0]:>14}{heads[1]:>24}")
-        lines += [
-            f"{label:<42}{_cell(summary[fid]):>14}{_cell(summary[accuracy]):>24}"
-            for label, fid, accuracy in rows
-        ]
+    if "quality" in summary:
+        lines += _figure_lines(summary, steps)
         lines += [
             f"the evaluation of {'the teacher' if int(step) == TEACHER_STEP else f'update {step}'} failed: {error}"
             for step, error in summary["evaluations_failed"].items()

@@ -31,6 +31,7 @@ from raydistill.runtime.fit import require_fit
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.room import check_room, has_room
 from raydistill.runtime.run import InterruptedRunError, check_folder, connect
+from raydistill.runtime.services import require_evaluation
 from raydistill.runtime.session import request_stop
 from raydistill.runtime.settings import RunConfig, without_secret_settings
 from raydistill.runtime.signals import on_sigterm
@@ -64,6 +65,7 @@ def sweep(config: SweepConfig, *, resume: bool = False) -> Board:
     InterruptedRunError if it was asked to stop.
     """
     config = checked(config)
+    require_evaluation(config.run)
     require_store(config.run.tracking, config.run.run_dir)
     board = _board(config, resume)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

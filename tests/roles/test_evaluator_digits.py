@@ -113,7 +113,7 @@ def test_the_teachers_figure_is_that_of_heuns_sampler_on_the_evaluators_noise(
     pipeline = load_edm_pipeline(str(TEACHER))
     schedule = pipeline.denoiser.schedule
     noise = Draws(judge.config.seed).normal("eval/noise", 0, range(SAMPLES), (1, 8, 8))
-    cond = pipeline.encode_text(judge.captions)
+    cond = pipeline.encode_text(judge.samples.captions)
     x = heun(
         lambda x_t, t: pipeline.denoiser(x_t, t, cond),
         schedule,
@@ -125,7 +125,9 @@ def test_the_teachers_figure_is_that_of_heuns_sampler_on_the_evaluators_noise(
     features, shown = detector(to_uint8(pipeline.decode(x)))
     drawn.update(features)
     real.update(detector(torch.from_numpy(read_digits()[0]).permute(0, 3, 1, 2).contiguous())[0])
-    assert result.metrics["eval/teacher_label_accuracy_40"] == detector.accuracy(shown, judge.captions)
+    assert result.metrics["eval/teacher_label_accuracy_40"] == detector.accuracy(
+        shown, judge.samples.captions
+    )
     assert result.metrics["eval/teacher_toyfid_40"] == pytest.approx(frechet_distance(drawn, real), rel=1e-3)
     (cached,) = tmp_path.glob("teacher_*.json")
     assert json.loads(cached.read_text())["metrics"] == result.metrics
@@ -136,7 +138,7 @@ def test_the_shipped_teacher_draws_the_digit_it_is_asked_for(folder: Path) -> No
     result = evaluator(folder, num_samples=200, teacher_steps=8).evaluate_teacher()
     assert result.metrics["eval/teacher_label_accuracy_200"] > 0.95
     mixed = evaluator(folder, num_samples=200, teacher_steps=8)
-    mixed.captions = [str((int(caption) + 1) % 10) for caption in mixed.captions]
+    mixed.samples.captions = [str((int(caption) + 1) % 10) for caption in mixed.samples.captions]
     same_noise = mixed.evaluate_teacher()
     # another digit of every noise: the label decides, not the noise
     assert same_noise.metrics["eval/teacher_label_accuracy_200"] > 0.95
