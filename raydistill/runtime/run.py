@@ -26,6 +26,7 @@ from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.signals import on_sigterm
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
+from raydistill.runtime.uploads import fetch_run, require_uploaded
 from raydistill.tracking import journal_is_held, require_store
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     validate(config)
     require_store(config.tracking, config.run_dir)  # before data is prepared, which may take minutes
     warn_if_not_exportable(config)
+    if not journal_is_held(config.run_dir):
+        fetch_run(config)
     check_folder(config)
     made, total = _snapshots(config).steps(), config.train.generator_updates
     if made and made[-1] >= total:
@@ -72,6 +75,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise InterruptedRunError(
             f"stopped at update {newest} as asked; the same command goes on from its snapshot"
         )
+    require_uploaded(config)
     summary: dict[str, Any] = json.loads((Path(config.run_dir) / "summary.json").read_text())
     return summary
 
