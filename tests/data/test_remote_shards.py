@@ -147,7 +147,9 @@ def test_a_service_that_accepts_and_never_answers_is_given_up(bucket: s3fs.S3Fil
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="credentials in its URL, .*; put them in the environment") as raised:
+    with pytest.raises(
+        ConfigError, match=r"credentials in its URL, .*; put them in the environment"
+    ) as raised:
         reader(f"s3://AKIATESTING:{SECRET}@data/set")
     assert SECRET not in str(raised.value)
 
