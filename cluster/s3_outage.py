@@ -57,7 +57,7 @@ class Drill:
         self.service = service
         self.updates = updates
         self.overrides = [
-            *SMALL, f"train.generator_updates={updates}", f"checkpoint.every={max(1, updates // 20)}",
+            *SMALL, f"train.generator_updates={updates}", f"checkpoint.every={max(2, updates // 10)}",
             f"evaluator.every={max(1, updates // 2)}", *overrides,
         ]  # fmt: skip
         self.files = fsspec.filesystem("s3", endpoint_url=service.endpoint, skip_instance_cache=True)

@@ -49,7 +49,7 @@ class Uploads:
         self._waiting: list[int] = []
         self._failures = 0
         self._seconds, self._bytes, self._sent_now = 0.0, 0, 0
-        self._why = ""
+        self._why, self._away_since = "", 0.0
         self._thread = threading.Thread(target=self._send_for_ever, name="uploads", daemon=True)
         self._wake.set()
         self._thread.start()
@@ -97,7 +97,7 @@ class Uploads:
                 )  # fmt: skip
 
     def _send_for_ever(self) -> None:
-        pause, away_since = 0.0, 0.0
+        pause = 0.0
         while True:
             # while the store is away new snapshots arrive all the time; they end no pause
             if pause:
@@ -114,16 +114,12 @@ class Uploads:
                 self._why = (
                     str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
                 )
-                if not away_since:
-                    away_since = time.monotonic()
+                if not self._away_since:
+                    self._away_since = time.monotonic()
                     log.warning("%s; snapshots wait in %s", self._why, self._mirror.local.root)
                 pause = min(max(2 * pause, _FIRST_PAUSE_S), self._retry_max_s)
                 continue
-            if away_since:
-                log.warning(
-                    "%s takes snapshots again after %.1f s", self._mirror.url, time.monotonic() - away_since
-                )
-            pause, away_since, self._why = 0.0, 0.0, ""
+            pause = 0.0
             with self._state:
                 self._answered = asked
                 self._state.notify_all()
@@ -134,6 +130,10 @@ class Uploads:
         while waiting := self._look():
             step, started, self._sent_now = waiting[-1], time.monotonic(), 0
             size = self._mirror.push(step, self._count)
+            if self._away_since:
+                away = time.monotonic() - self._away_since
+                log.warning("%s takes snapshots again after %.1f s", self._mirror.url, away)
+            self._away_since, self._why = 0.0, ""
             if size is None:
                 continue  # deleted meanwhile: there is a newer one
             self._seconds, self._bytes = time.monotonic() - started, size
