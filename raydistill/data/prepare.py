@@ -65,7 +65,6 @@ def prepare(
     out: str | Path,
     *,
     encoder: Encoder | None = None,
-    fingerprint: str | None = None,
     elsewhere: Elsewhere | None = None,
     image_size: int | None = None,
     progress: bool = True,
@@ -82,7 +81,7 @@ def prepare(
 
     image_size: edge of the square that images are cropped and resized to; None stores them as they are. Files
     that have the size already are stored byte for byte, others as PNG. elsewhere: writes the shards instead of this
-    process, with encoders of this fingerprint. array_dtype: of latents and embeddings. batch_size: samples encoded at
+    process, with encoders like this one. array_dtype: of latents and embeddings. batch_size: samples encoded at
     once. max_rejected_share: share of samples that may be left out because they have no caption, no file or no
     decodable content. endpoint_url: of an S3 service other than AWS.
 
@@ -92,7 +91,7 @@ def prepare(
     target: Target = RemoteTarget(str(out), endpoint_url) if is_remote(str(out)) else LocalTarget(out)
     plan = source.plan | {
         "image_size": image_size,
-        "encoder": fingerprint if encoder is None else encoder.fingerprint,
+        "encoder": None if encoder is None else encoder.fingerprint,
         "array_dtype": array_dtype,
     }
     writer = ShardWriter(source, target, image_size, array_dtype, batch_size)
