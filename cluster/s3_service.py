@@ -61,7 +61,9 @@ class S3Service:
         }
 
     def start(self) -> None:
-        """Let clients reach it."""
+        """Let clients reach it, if they don't."""
+        if self._proxy is not None:
+            return
         self._proxy = subprocess.Popen([sys.executable, __file__, *map(str, self._ports)])
         _wait_for(self._ports[0], self._proxy)
 
