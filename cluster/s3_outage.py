@@ -120,7 +120,8 @@ class Drill:
             "updates while away": during,
             "uploads that failed": int(max(v for _, v in points(self.run_dir("outage"), "upload/retries"))),
             "restarts": int(max(v for _, v in points(self.run_dir("outage"), "restarts"))),
-            "told": _told(printed, ("snapshots wait", "takes snapshots again", "next attempt in")),
+            "reads that were tried again": printed.count("next attempt in"),
+            "told": _told(printed, ("snapshots wait", "takes snapshots again")),
         } | self._compared("outage")
 
     def moved(self) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def _journal(run_dir: Path) -> dict[tuple[str, int], float]:
 
 
 def _told(printed: str, words: tuple[str, ...]) -> list[str]:
-    return [line[:150] for line in printed.splitlines() if any(word in line for word in words)][:6]
+    return [line[:240] for line in printed.splitlines() if any(word in line for word in words)][:6]
 
 
 def main() -> int:
