@@ -14,6 +14,7 @@ from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods import METHODS
 from raydistill.methods.dmd2 import DMD2Config
 from raydistill.methods.method import MethodConfig
+from raydistill.object_store import is_remote, require_no_credentials
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
@@ -96,6 +97,15 @@ class CheckpointConfig:
     """Generator updates between snapshots; evaluated updates are snapshots too."""
     keep: int = 2
     """Newest snapshots kept; the best one and those waiting for evaluation are kept beside them."""
+    uri: str | None = None
+    """Where each snapshot is copied to while training goes on, under the run's name: s3://bucket/prefix or another
+    fsspec URL. A run whose output_dir has less goes on from there. none: nowhere."""
+    endpoint_url: str | None = None
+    """Address of an S3 service other than AWS (http://127.0.0.1:9000); its credentials: the environment."""
+    retry_max_s: float = 15.0
+    """Longest pause in seconds between attempts to copy while the store is away."""
+    upload_wait_s: float = 600.0
+    """Seconds that a run waits at its end for copies that are still to be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +204,12 @@ class RunConfig:
         return f"{self.output_dir}/{self.name}"
 
     @property
+    def copies_url(self) -> str | None:
+        """Of the run's own folder under checkpoint.uri."""
+        uri = self.checkpoint.uri
+        return None if uri is None else f"{uri.rstrip('/')}/{self.name}"
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples per forward pass and rank, the default resolved."""
         return self.train.micro_batch(max(1, self.placement.workers))
@@ -233,6 +249,7 @@ def validate(config: RunConfig) -> None:
     for name in ("every", "keep"):
         if getattr(config.checkpoint, name) < 1:
             raise ConfigError(f"checkpoint.{name}={getattr(config.checkpoint, name)} must be at least 1")
+    _validate_copies(config.checkpoint)
     for name in ("num_train", "num_val", "samples_per_shard"):
         if getattr(config.prepare, name) < 1:
             raise ConfigError(f"prepare.{name}={getattr(config.prepare, name)} must be at least 1")
@@ -252,6 +269,21 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"teacher.path={config.teacher.path!r}: built in is only {', '.join(BUILTIN_TEACHERS)}"
         )
+
+
+def _validate_copies(checkpoint: CheckpointConfig) -> None:
+    uri = checkpoint.uri
+    if uri is not None and not is_remote(uri):
+        raise ConfigError(
+            f"checkpoint.uri={uri!r} must be a URL such as s3://bucket/prefix, or none; snapshots are written to "
+            "output_dir in any case"
+        )
+    require_no_credentials(uri or "", "checkpoint.uri")
+    require_no_credentials(checkpoint.endpoint_url or "", "checkpoint.endpoint_url")
+    if checkpoint.retry_max_s <= 0:
+        raise ConfigError(f"checkpoint.retry_max_s={checkpoint.retry_max_s:g} must be above 0")
+    if checkpoint.upload_wait_s < 0:
+        raise ConfigError(f"checkpoint.upload_wait_s={checkpoint.upload_wait_s:g} must not be negative")
 
 
 def require_divisible(config: RunConfig) -> None:

@@ -105,6 +105,12 @@ METRICS: dict[str, str] = {
     # snapshots
     "snapshot/seconds": "seconds to write one snapshot",
     "snapshot/bytes": "size of one snapshot",
+    # their copies at checkpoint.uri
+    "upload/lag_updates": "generator updates made since the newest snapshot that is copied",
+    "upload/waiting": "snapshots that are not copied yet",
+    "upload/retries": "attempts to copy that have failed since the process began",
+    "upload/seconds": "seconds the last copy took",
+    "upload/bytes": "bytes of the last copy",
     # the tracker itself
     "tracking/unsent_bytes": "journal that MLflow does not have yet",
     "tracking/dropped_points": "metric values lost because the journal was full while MLflow did not answer",
