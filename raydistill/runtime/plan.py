@@ -10,6 +10,7 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.runtime.simulate import Mode, RoleSeconds
 
 GIB = 2**30
+_MOMENT_BYTES = {"fp32": 8, "bf16": 4}
+"""Of Adam's two moments of a weight."""
 ROLES_ON: dict[Mode, dict[str, tuple[str, ...]]] = {
     "colocated": {"worker": ("teacher", "generator", "critic")},
     "teachers": {"worker": ("generator", "critic"), "teacher": ("teacher",)},
@@ -51,6 +54,13 @@ class RoleBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+def bytes_together(roles: Sequence[RoleBytes]) -> int:
+    """Of roles that share a process, at its peak: gradients are there for one of them at a time, each role's
+    optimiser step drops its own."""
+    gradients = [role.gradients for role in roles]
+    return sum(role.total for role in roles) - sum(gradients) + max(gradients)
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,14 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(role.total for role in self.bytes_by_role.values())
+        """Of all roles in one process, at its peak."""
+        return bytes_together(list(self.bytes_by_role.values()))
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """Of one device of each kind of the run's own placement."""
+        """Of one device of each kind of the run's own placement, at its peak."""
         return {
-            kind: sum(self.bytes_by_role[role].total for role in roles)
+            kind: bytes_together([self.bytes_by_role[role] for role in roles])
             for kind, roles in ROLES_ON[self.mode].items()
         }
 
@@ -106,7 +117,7 @@ class Plan:
             )
         for kind, num_bytes in self.device_bytes.items():
             held = ROLES_ON[self.mode][kind]
-            name = "together" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            name = "together (one role's gradients at a time)" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
             lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
@@ -182,11 +193,17 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
             weights=parameters * (2 if config.teacher.dtype == "bf16" else 4),
             activations=int(activations * work.teacher_graphs),
         ),
-        "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
+        "generator": RoleBytes(
+            4 * parameters,
+            4 * parameters,
+            _MOMENT_BYTES[config.generator.moments] * parameters,
+            ema,
+            activations,
+        ),
         "critic": RoleBytes(
             4 * (parameters + head),
             4 * (parameters + head),
-            8 * (parameters + head),
+            _MOMENT_BYTES[config.critic.moments] * (parameters + head),
             0,
             int(critic_activations * work.critic_graphs),
         ),
