@@ -1,12 +1,12 @@
-"""Make the embedded SDXL-shaped teacher out of the embedded one (about 25 minutes on one core).
+"""Make the embedded SDXL-shaped teacher out of the embedded one (about 15 minutes on one core).
 
     python jobs/train_sdxl_teacher.py --work runs/sdxl_teacher --out raydistill/assets/scenes_xl_teacher
 
 SDXL's conditioning in small: two text encoders of different widths whose last but one layers are joined, the second
 one's pooled embedding and six time ids added to the time embedding, zeros for the unconditional half. Autoencoder,
 tokenizer and all weights of UNet and first text encoder that have a place in it come from `builtin:scenes`
-(jobs/train_teacher.py); UNet and both text encoders are then trained together on the drawn scenes. Time ids are those of
-whole 32x32 images throughout, so they are read but carry nothing to learn. The figures, beside the weights in
+(jobs/train_teacher.py); UNet and both text encoders are then trained together on the drawn scenes. Time ids are those
+of whole 32x32 images throughout, so they are read but carry nothing to learn. The figures, beside the weights in
 `figures.json`, are made by diffusers' own StableDiffusionXLPipeline.
 """
 

@@ -10,9 +10,9 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from raydistill.runtime.build import denoiser_on_meta, method_for, require_guida
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.runtime.simulate import Mode, RoleSeconds
+
+T = TypeVar("T")
 
 GIB = 2**30
 _MOMENT_BYTES = {"fp32": 8, "bf16": 4}
@@ -150,8 +152,12 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         return x, torch.ones(samples, device="meta"), Cond(cond)
 
     one = inputs(1)
+    micro = config.train.micro_batch(max(1, config.placement.workers))
+    # one pass for both counts: on the meta device a big UNet's takes seconds
+    flops, measured = _flops(lambda: _saved_bytes(lambda: denoiser(*inputs(micro))))
+    full = flops / micro
     with torch.no_grad():
-        full, half = _flops(lambda: denoiser(*one)), _flops(lambda: denoiser.features(*one))
+        half, _ = _flops(lambda: denoiser.features(*one))
     share = half / full
     method = method_for(config, denoiser.schedule)
     r = method.critic_updates_per_generator
@@ -175,8 +181,9 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     ranks = _ranks(config, seconds, critic_first=method.critic_first)
 
     def saved_bytes(role: str) -> int:
-        micro = inputs(config.train.micro_batch(ranks[role]))
-        return _saved_bytes(lambda: denoiser(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
+        of_rank = config.train.micro_batch(ranks[role])
+        saved = measured if of_rank == micro else _saved_bytes(lambda: denoiser(*inputs(of_rank)))
+        return saved * (2 if config.train.dtype == "bf16" else 4) // 4
 
     activations = saved_bytes("generator")
     same = ranks["critic"] == ranks["generator"]
@@ -245,13 +252,14 @@ def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> di
     return {"generator": max(1, world - critics), "critic": critics}
 
 
-def _flops(call: Any) -> int:
+def _flops(call: Callable[[], T]) -> tuple[int, T]:
+    """What a call computes, and its result."""
     with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result
 
 
-def _saved_bytes(call: Any) -> int:
+def _saved_bytes(call: Callable[[], Tensor]) -> int:
     """Bytes of the distinct tensors that a backward pass of `call` would keep, parameters left out."""
     seen: dict[int, Tensor] = {}
 
