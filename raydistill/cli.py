@@ -340,7 +340,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from raydistill.runtime.commands import export, export_difference
 
     chosen = {"step": arguments.step, "weights": arguments.weights}
-    print(export(arguments.run, arguments.out, **chosen))
+    more = {"single_file": arguments.single_file, "push_to": arguments.push_to}
+    print(export(arguments.run, arguments.out, **chosen, **more))
+    if arguments.single_file:
+        print(arguments.single_file)
+    if arguments.push_to:
+        print(f"pushed to {arguments.push_to}")
     if arguments.check:
         difference = export_difference(arguments.run, arguments.out, prompts=arguments.check, **chosen)
         print(f"maximum difference of the folder's images from the run's own, of 1: {difference:.1e}")
@@ -523,6 +528,11 @@ def _parser() -> argparse.ArgumentParser:
         "run's own"
     )
     export.add_argument("--check", nargs="+", metavar="PROMPT", help=check)
+    single = "also write the generator alone as one safetensors file, by diffusers' names of a UNet's weights"
+    export.add_argument("--single-file", metavar="FILE", help=single)
+    export.add_argument(
+        "--push-to", metavar="HUB_ID", help="also upload the folder as a private model of the Hub (HF_TOKEN)"
+    )
 
     report = add("report", _report, "compare runs on one HTML page", _REPORT)
     sources = "folder of a run or of a sweep, or the id of an MLflow run (a parent's: its children)"
@@ -634,7 +644,8 @@ Prints the metrics as JSON; a metric's name carries its number of samples. Of a 
 
   raydistill evaluate models:/NAME@best --tracking-uri sqlite:///runs/mlflow.db"""
 _EXPORT = """\
-Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER).
+Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER); its README.md says with
+which steps, from which recipe, with which figures of which protocol.
 Of a class-conditional one: edm.json and model.safetensors, which teacher.path takes."""
 _REPORT = """\
 One file that opens from the disk, without network or scripts: the evaluator's figures against updates, images and

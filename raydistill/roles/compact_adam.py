@@ -58,9 +58,7 @@ class CompactAdamW(torch.optim.Optimizer):
             gradient = torch.empty_like(parameter).copy_(gradient)
         draws = torch.Generator(parameter.device).manual_seed((step << 24) + number)
         # all four lie in memory alike, whatever the order of their axes
-        flat = [
-            _flat(tensor) for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        ]
+        flat = [_flat(tensor) for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, grad, first, second in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
             m = first.float().lerp_(grad.float(), 1 - beta1)
             v = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -119,7 +119,11 @@ class Plan:
             )
         for kind, num_bytes in self.device_bytes.items():
             held = ROLES_ON[self.mode][kind]
-            name = "together (one role's gradients at a time)" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            name = (
+                "together (one role's gradients at a time)"
+                if self.mode == "colocated"
+                else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            )
             lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
