@@ -36,9 +36,9 @@ def recipe() -> RunConfig:
             lr=1.5e-4, warmup_steps=10, lr_schedule="linear", ema_halflife_images=3000.0
         ),
         critic=CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear"),
-        train=TrainConfig(generator_updates=400, batch_size=32),
+        train=TrainConfig(generator_updates=300, batch_size=32),
         data=DataConfig(shards="builtin:scenes-xl"),
-        evaluator=EvaluatorConfig(every=400, num_samples=2000, weights="ema", teacher_steps=8),
+        evaluator=EvaluatorConfig(every=300, num_samples=2000, weights="ema", teacher_steps=8),
         checkpoint=CheckpointConfig(every=100),
     )
 

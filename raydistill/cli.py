@@ -18,9 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from raydistill.errors import ConfigError, RayDistillError
+from raydistill.errors import ConfigError, PlacementError, RayDistillError
 
 if TYPE_CHECKING:
+    from raydistill.runtime.placements import PlacementPlan
+    from raydistill.runtime.plan import Plan
     from raydistill.runtime.settings import RunConfig
     from raydistill.sweep.config import SweepConfig
 
@@ -270,6 +272,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.fitting import remedy
     from raydistill.runtime.placements import compare, network, table
     from raydistill.runtime.plan import plan
     from raydistill.runtime.role_times import read
@@ -287,13 +290,45 @@ def _plan(arguments: argparse.Namespace) -> int:
     times = read(arguments.role_times, config, planned, job) if arguments.role_times else None
     net = network(arguments.latency_us, arguments.gbit_per_s, times)
     print(planned.table())
-    found = [
-        (number, compare(config, planned, number, of_them, times, net))
-        for number, of_them in zip(devices, teachers * (len(devices) // len(teachers)), strict=True)
-    ]
+    pairs = list(zip(devices, teachers * (len(devices) // len(teachers)), strict=True))
+    found = [(number, compare(config, planned, number, of_them, times, net)) for number, of_them in pairs]
     print(f"\non {', '.join(map(str, devices))} devices:")
-    print(table(config, found, arguments.device_gib or config.placement.device_gib, times, net))
+    limit = arguments.device_gib or config.placement.device_gib
+    try:
+        print(table(config, found, limit, times, net))
+    except PlacementError as error:
+        if limit is None:
+            raise
+        raise PlacementError(f"{error}; {remedy(config, pairs, limit)}") from None
+    if limit is not None:
+        for (number, of_them), (_, row) in zip(pairs, found, strict=True):
+            print(_micro_batch(config, planned, number, of_them, row, limit))
     return 0
+
+
+def _micro_batch(
+    config: "RunConfig",
+    planned: "Plan",
+    devices: int,
+    teachers: int,
+    row: "list[PlacementPlan]",
+    limit: float,
+) -> str:
+    from raydistill.runtime.fitting import largest_micro_batch
+    from raydistill.runtime.placements import suggested
+    from raydistill.runtime.plan import GIB
+
+    try:
+        chosen = suggested(row, limit)
+    except PlacementError:
+        return f"micro-batch on {devices} devices: none fits"
+    fitting = largest_micro_batch(config, planned, chosen, teachers, limit)
+    if fitting is None:
+        return f"micro-batch on {devices} devices: none fits"
+    return (
+        f"micro-batch on {devices} devices: train.micro_batch_size={fitting.micro_batch_size} at most, "
+        f"{fitting.fullest_bytes / GIB:.2f} of {limit:g} GiB"
+    )
 
 
 def _positive(text: str) -> int:
@@ -628,6 +663,8 @@ Roles, bytes per role (GiB) and network forwards per update; then the placements
 moves between them, how long an update takes and who waits.
 
   raydistill plan jobs/dmd2_coco.py --devices 16 --teachers 4 --device-gib 80
+
+With --device-gib also the largest micro-batch that fits, or where nothing fits the settings with which something would.
 
 In seconds, with times measured on one such device and a network:
 
