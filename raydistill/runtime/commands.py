@@ -18,6 +18,7 @@ from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
 from raydistill.eval.published import TOY
 from raydistill.models.denoiser import Denoiser
+from raydistill.models.diffusers_export import push_folder, require_pushable, write_single_file
 from raydistill.models.diffusers_hub import import_diffusers
 from raydistill.models.edm_pipeline import is_edm, load_edm_pipeline
 from raydistill.models.pipeline import Pipeline
@@ -25,7 +26,7 @@ from raydistill.roles.generator import Weights, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.run import resolve
 from raydistill.runtime.services import build_evaluator, require_evaluation
-from raydistill.runtime.settings import RunConfig, config_from_dict
+from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder
 from raydistill.runtime.summary import EXPORT_FILE, export_snapshot, open_export
 from raydistill.tracking import download_model
 
@@ -144,12 +145,40 @@ def _evaluated_by(config: RunConfig, settings: Sequence[str], num_samples: int |
     return replace(config, evaluator=replace(config.evaluator, protocol=shorter))
 
 
-def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:
-    """Write a run's generator as a diffusers folder. Raises ConfigError if `out` exists."""
+def export(
+    run: str,
+    out: str,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    single_file: str | None = None,
+    push_to: str | None = None,
+) -> Path:
+    """Write a run's generator as a diffusers folder, and where asked for as one file and to a hub id.
+
+    Raises ConfigError if `out` exists, the teacher is none of diffusers' where that is needed, or the Hub refuses.
+    """
+    if push_to is not None:
+        require_pushable(push_to)
     if Path(out).exists():
         raise ConfigError(f"{out} exists already; give a new folder")
     config, snapshot = open_run(run, step, weights)
-    return export_snapshot(config, snapshot, Path(out))
+    if single_file is not None and is_edm(teacher_folder(config.teacher)):
+        raise ConfigError(
+            f"--single-file {single_file} is for diffusers teachers; model.safetensors in {out} is one"
+        )
+    written = export_snapshot(config, snapshot, Path(out))
+    if single_file is not None:
+        method = build_method(config, build_pipeline(config))
+        about = {
+            "base_model": config.teacher.path,
+            "timesteps": ",".join(f"{t:g}" for t in method.sampling_times),
+            "generator_update": str(snapshot.step),
+        }
+        write_single_file(generator_weights(snapshot, config.evaluator.weights), Path(single_file), about)
+    if push_to is not None:
+        push_folder(written, push_to)
+    return written
 
 
 @torch.no_grad()
