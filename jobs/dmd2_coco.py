@@ -95,7 +95,18 @@ def four_step() -> RunConfig:
     )
 
 
-PRESETS = {"long": long, "four_step": four_step}
+def lora() -> RunConfig:
+    """The same run with generator and critic as adapters in the teacher itself."""
+    base = recipe()
+    return replace(
+        base,
+        name="dmd2_coco_lora",
+        generator=replace(base.generator, lr=1e-3, lora_rank=32, lora_targets="all"),
+        critic=replace(base.critic, lr=1.5e-3, lora_rank=32, lora_targets="all"),
+    )
+
+
+PRESETS = {"long": long, "lora": lora, "four_step": four_step}
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.diffusers_hub import import_diffusers, local_folder, read_json, scheduler_config
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers calls it."""
 
 
 def export_pipeline(
@@ -23,6 +27,7 @@ def export_pipeline(
     timesteps: Sequence[float],
     prediction: str = "auto",
     revision: str | None = None,
+    lora: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
 
@@ -30,7 +35,8 @@ def export_pipeline(
     generator's own: x0, then re-noise to the next time.
 
     weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained. prediction: as the
-    teacher was loaded with.
+    teacher was loaded with. lora: of a generator that was trained as one, by diffusers' names, written beside it for
+    the teacher's own pipeline: `load_lora_weights(out)`.
 
     Raises ConfigError if the scheduler can't reproduce `timesteps`, CheckpointError if `out` can't be written.
     """
@@ -52,6 +58,9 @@ def export_pipeline(
         scheduler.save_pretrained(out / "scheduler")
         index = read_json(out / "model_index.json", teacher_path)
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if lora is not None:
+            save_file(lora, out / LORA_FILE)
+            (out / LORA_FILE).chmod(mode)
         (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import Snapshot, unprefixed
+from raydistill.checkpoint import Snapshot
 from raydistill.data.coco import read_coco
 from raydistill.data.images import load_image
 from raydistill.diffusion.random import Draws
@@ -32,6 +32,7 @@ from raydistill.eval.protocol import Protocol, count_label, to_uint8
 from raydistill.methods.method import Method
 from raydistill.models.denoiser import Cond, denoise_guided
 from raydistill.models.pipeline import Pipeline
+from raydistill.roles.critic import critic_weights
 from raydistill.roles.generator import Weights, generator_weights
 
 
@@ -202,9 +203,8 @@ class Evaluator:
 
     def evaluate(self, snapshot: Snapshot) -> Evaluation:
         """Figures and picture of a snapshot's generator."""
-        metrics = self.figures(generator_weights(snapshot, self.config.weights))
-        critic, _ = snapshot.part("critic")
-        self._critic.load_state_dict(unprefixed(critic, "weights/denoiser."))
+        metrics = self.figures(generator_weights(snapshot, self.config.weights, lambda: self.pipeline))
+        self._critic.load_state_dict(critic_weights(snapshot, lambda: self.pipeline))
         return Evaluation(metrics, described(self.protocol), self._picture(snapshot.step))
 
     def figures(self, weights: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,6 +9,7 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.methods.method import Work
-from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.denoiser import Cond, Denoiser, parameter_count
 from raydistill.models.edm_pipeline import is_edm
 from raydistill.models.heads import BottleneckHead
+from raydistill.models.lora import SharedBase
 from raydistill.runtime.build import denoiser_on_meta, method_for, require_guidable
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
@@ -132,6 +134,7 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     denoiser.network.train()
     if config.train.activation_checkpointing:
         denoiser.checkpoint_activations()
+    networks = _networks(config, denoiser)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, Cond]:
         cond = {name: torch.empty(samples, *shape, device="meta") for name, shape in cond_shapes.items()}
@@ -144,17 +147,23 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     share = half / full
     method = method_for(config, denoiser.schedule)
     r = method.critic_updates_per_generator
-    backward = 3.0 if config.train.activation_checkpointing else 2.0
-    work = method.work(encoder_share=share, backward=backward, guided=config.teacher.guidance_scale != 1)
+    backward = {
+        # through a frozen base no gradients of weights are made; those of A and B are left out
+        role: (1.0 if getattr(config, role).lora else 2.0) + config.train.activation_checkpointing
+        for role in ("generator", "critic")
+    }
+    work = method.work(
+        encoder_share=share, backward=backward["critic"], guided=config.teacher.guidance_scale != 1
+    )
     batches = r + method.critic_first  # of samples in a window
     forwards = {
-        "generator": backward + batches * (1 + work.rollout),
+        "generator": backward["generator"] + batches * (1 + work.rollout),
         "critic": work.critic_answer + r * work.critic_update,
         "teacher": work.teacher_answer + r * work.teacher_for_critic,
     }
 
     seconds = RoleSeconds(
-        generator_update=backward,
+        generator_update=backward["generator"],
         sample=1 + work.rollout,
         critic_answer=work.critic_answer,
         critic_update=work.critic_update,
@@ -165,31 +174,26 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
 
     def saved_bytes(role: str) -> int:
         micro = inputs(config.train.micro_batch(ranks[role]))
-        return _saved_bytes(lambda: denoiser(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
+        network = networks[role]
+        return (
+            _saved_bytes(network, lambda: network(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
+        )
 
     activations = saved_bytes("generator")
-    same = ranks["critic"] == ranks["generator"]
+    same = ranks["critic"] == ranks["generator"] and networks["critic"] is networks["generator"]
     critic_activations = activations if same else saved_bytes("critic")
     head = 0
     if method.needs.gan_head:
         channels, size, _ = denoiser.feature_shape
         with torch.device("meta"):
             head = sum(p.numel() for p in BottleneckHead(channels, size).parameters())
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
+    trained = {role: parameter_count(network) for role, network in networks.items()}
+    ema = 4 * trained["generator"] if config.generator.ema_halflife_images > 0 else 0
+    base = parameter_count(denoiser) * (2 if config.teacher.dtype == "bf16" else 4)
     roles = {
-        "teacher": RoleBytes(
-            weights=parameters * (2 if config.teacher.dtype == "bf16" else 4),
-            activations=int(activations * work.teacher_graphs),
-        ),
-        "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
-        "critic": RoleBytes(
-            4 * (parameters + head),
-            4 * (parameters + head),
-            8 * (parameters + head),
-            0,
-            int(critic_activations * work.critic_graphs),
-        ),
+        "teacher": RoleBytes(weights=base, activations=int(activations * work.teacher_graphs)),
+        "generator": _trained_bytes(trained["generator"], ema, activations),
+        "critic": _trained_bytes(trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)),
     }
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
     cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
@@ -208,6 +212,21 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         gflop_per_forward=full / 1e9,
         batch_size=config.train.batch_size,
     )
+
+
+def _trained_bytes(parameters: int, ema: int, activations: int) -> RoleBytes:
+    """Of fp32 weights with their gradients and Adam's two moments."""
+    return RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations)
+
+
+def _networks(config: RunConfig, denoiser: Denoiser) -> dict[str, Denoiser]:
+    """The trained roles' networks on the meta device, adapters in a copy of it."""
+    networks = {"generator": denoiser, "critic": denoiser}
+    base = SharedBase(copy.deepcopy(denoiser))
+    for role in networks:
+        if lora := getattr(config, role).lora:
+            networks[role] = base.add(role, lora, dtype="fp32", seed=0)
+    return networks
 
 
 def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> dict[str, int]:
@@ -234,12 +253,13 @@ def _flops(call: Any) -> int:
     return counter.get_total_flops()
 
 
-def _saved_bytes(call: Any) -> int:
-    """Bytes of the distinct tensors that a backward pass of `call` would keep, parameters left out."""
+def _saved_bytes(denoiser: Denoiser, call: Any) -> int:
+    """Bytes of the distinct tensors that a backward pass of `call` would keep, the network's weights left out."""
     seen: dict[int, Tensor] = {}
+    weights = {weight.untyped_storage()._cdata for weight in denoiser.network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if tensor.untyped_storage()._cdata not in weights:
             seen[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
