@@ -113,10 +113,13 @@ class SharedBase:
                 # drawn again, for peft drew them in the base's precision
                 layer.reset_lora_parameters(name, True)
                 layer.cast_input_dtype_enabled = False
-                layer.set_adapter(self._active)
         self._adapters.append(adapter)
+        # peft has switched the new one on everywhere, and freezes what is switched off
+        for layer in self.denoiser.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.set_adapter(self._active)
         for each in self._adapters:
-            each.requires_grad_(True)  # peft freezes what is switched off
+            each.requires_grad_(True)
         return AdaptedDenoiser(self, [name], dtype, adapter)
 
     @contextmanager
