@@ -214,7 +214,7 @@ def job_config(arguments: argparse.Namespace) -> Any:
             generator_updates=10**6,
         )
         ratio = arguments.ratio or config.method.critic_updates_per_generator
-        gates = ("gan_start_update", "generator_rest_updates")
+        gates = ("gan_start_update", "generator_rest_updates", "regression_updates")
         from_the_first: dict[str, Any] = {name: 0 for name in gates if hasattr(config.method, name)}
         config = replace(
             config,

@@ -21,6 +21,7 @@ from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipelin
 from raydistill.models.heads import BottleneckHead
 from raydistill.models.lora import SharedBase
 from raydistill.models.pipeline import Pipeline, trainable
+from raydistill.models.random_sd import RandomSDPipeline, is_random_sd, random_sd_on_meta
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.instant_critic import InstantCriticTrainer
@@ -35,6 +36,9 @@ def build_pipeline(config: RunConfig) -> Pipeline:
     if is_edm(teacher_folder(teacher)):
         _require_own_prediction(teacher)
         return load_edm_pipeline(teacher_folder(teacher))
+    if is_random_sd(teacher.path):
+        _require_own_prediction(teacher)
+        return RandomSDPipeline(teacher.path)
     return diffusers_hub.load_pipeline(
         teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision
     )
@@ -50,14 +54,16 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
     if is_edm(path):
         _require_own_prediction(teacher)
         return edm_on_meta(path)
+    if is_random_sd(path):
+        _require_own_prediction(teacher)
+        return random_sd_on_meta(path)
     return diffusers_hub.denoiser_on_meta(path, teacher.prediction, teacher.revision)
 
 
 def _require_own_prediction(teacher: TeacherConfig) -> None:
     if teacher.prediction != "auto":
         raise ConfigError(
-            f"teacher.prediction={teacher.prediction}: what the EDM network teacher.path={teacher.path!r} predicts is "
-            "part of its preconditioning; it must be auto"
+            f"teacher.prediction={teacher.prediction}: what teacher.path={teacher.path!r} predicts is fixed; it must be auto"
         )
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,17 @@ from raydistill.models.denoiser import Cond, Denoiser, parameter_count
 from raydistill.models.edm_pipeline import is_edm
 from raydistill.models.heads import BottleneckHead
 from raydistill.models.lora import SharedBase
+from raydistill.roles.optimizer import OptimizerConfig
 from raydistill.runtime.build import denoiser_on_meta, method_for, require_guidable
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.runtime.simulate import Mode, RoleSeconds
 
+T = TypeVar("T")
+
 GIB = 2**30
+_MOMENT_BYTES = {"fp32": 8, "bf16": 4}
+"""Of Adam's two moments of a weight."""
 ROLES_ON: dict[Mode, dict[str, tuple[str, ...]]] = {
     "colocated": {"worker": ("teacher", "generator", "critic")},
     "teachers": {"worker": ("generator", "critic"), "teacher": ("teacher",)},
@@ -53,6 +59,13 @@ class RoleBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+def bytes_together(roles: Sequence[RoleBytes]) -> int:
+    """Of roles that share a process, at its peak: gradients are there for one of them at a time, each role's
+    optimiser step drops its own."""
+    gradients = [role.gradients for role in roles]
+    return sum(role.total for role in roles) - sum(gradients) + max(gradients)
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,14 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(role.total for role in self.bytes_by_role.values())
+        """Of all roles in one process, at its peak."""
+        return bytes_together(list(self.bytes_by_role.values()))
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """Of one device of each kind of the run's own placement."""
+        """Of one device of each kind of the run's own placement, at its peak."""
         return {
-            kind: sum(self.bytes_by_role[role].total for role in roles)
+            kind: bytes_together([self.bytes_by_role[role] for role in roles])
             for kind, roles in ROLES_ON[self.mode].items()
         }
 
@@ -108,7 +122,11 @@ class Plan:
             )
         for kind, num_bytes in self.device_bytes.items():
             held = ROLES_ON[self.mode][kind]
-            name = "together" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            name = (
+                "together (one role's gradients at a time)"
+                if self.mode == "colocated"
+                else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            )
             lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
@@ -142,8 +160,12 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         return x, torch.ones(samples, device="meta"), Cond(cond)
 
     one = inputs(1)
+    micro = config.train.micro_batch(max(1, config.placement.workers))
+    # one pass for both counts: on the meta device a big UNet's takes seconds
+    flops, measured = _flops(lambda: _saved_bytes(denoiser, lambda: denoiser(*inputs(micro))))
+    full = flops / micro
     with torch.no_grad():
-        full, half = _flops(lambda: denoiser(*one)), _flops(lambda: denoiser.features(*one))
+        half, _ = _flops(lambda: denoiser.features(*one))
     share = half / full
     method = method_for(config, denoiser.schedule)
     r = method.critic_updates_per_generator
@@ -173,11 +195,10 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     ranks = _ranks(config, seconds, critic_first=method.critic_first)
 
     def saved_bytes(role: str) -> int:
-        micro = inputs(config.train.micro_batch(ranks[role]))
-        network = networks[role]
-        return (
-            _saved_bytes(network, lambda: network(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
-        )
+        of_rank, network = config.train.micro_batch(ranks[role]), networks[role]
+        again = of_rank != micro or network is not denoiser
+        saved = _saved_bytes(network, lambda: network(*inputs(of_rank))) if again else measured
+        return saved * (2 if config.train.dtype == "bf16" else 4) // 4
 
     activations = saved_bytes("generator")
     same = ranks["critic"] == ranks["generator"] and networks["critic"] is networks["generator"]
@@ -192,8 +213,10 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     base = parameter_count(denoiser) * (2 if config.teacher.dtype == "bf16" else 4)
     roles = {
         "teacher": RoleBytes(weights=base, activations=int(activations * work.teacher_graphs)),
-        "generator": _trained_bytes(trained["generator"], ema, activations),
-        "critic": _trained_bytes(trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)),
+        "generator": _trained_bytes(config.generator, trained["generator"], ema, activations),
+        "critic": _trained_bytes(
+            config.critic, trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)
+        ),
     }
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
     cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
@@ -214,9 +237,10 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     )
 
 
-def _trained_bytes(parameters: int, ema: int, activations: int) -> RoleBytes:
+def _trained_bytes(config: OptimizerConfig, parameters: int, ema: int, activations: int) -> RoleBytes:
     """Of fp32 weights with their gradients and Adam's two moments."""
-    return RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations)
+    moments = _MOMENT_BYTES[config.moments] * parameters
+    return RoleBytes(4 * parameters, 4 * parameters, moments, ema, activations)
 
 
 def _networks(config: RunConfig, denoiser: Denoiser) -> dict[str, Denoiser]:
@@ -247,13 +271,14 @@ def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> di
     return {"generator": max(1, world - critics), "critic": critics}
 
 
-def _flops(call: Any) -> int:
+def _flops(call: Callable[[], T]) -> tuple[int, T]:
+    """What a call computes, and its result."""
     with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result
 
 
-def _saved_bytes(denoiser: Denoiser, call: Any) -> int:
+def _saved_bytes(denoiser: Denoiser, call: Callable[[], Tensor]) -> int:
     """Bytes of the distinct tensors that a backward pass of `call` would keep, the network's weights left out."""
     seen: dict[int, Tensor] = {}
     weights = {weight.untyped_storage()._cdata for weight in denoiser.network.parameters()}

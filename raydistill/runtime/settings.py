@@ -20,7 +20,11 @@ from raydistill.roles.generator import GeneratorConfig
 from raydistill.tracking import TrackingConfig, check_tracking, without_secrets
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher", "builtin:digits": ASSETS / "digits_teacher"}
+BUILTIN_TEACHERS = {
+    "builtin:scenes": ASSETS / "scenes_teacher",
+    "builtin:scenes-xl": ASSETS / "scenes_xl_teacher",
+    "builtin:digits": ASSETS / "digits_teacher",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,9 @@ class TeacherConfig:
 
     path: str = "builtin:scenes"
     """Folder or hub id of an SD- or SDXL-shaped diffusers pipeline; folder or .pkl file of a class-conditional EDM
-    network; builtin:scenes and builtin:digits are shipped; random:edm-cifar10 and random:edm-imagenet64 have the
-    published shapes and random weights, for measuring."""
+    network; builtin:scenes, builtin:scenes-xl (SDXL-shaped) and builtin:digits are shipped; random:edm-cifar10,
+    random:edm-imagenet64, random:sd15 and random:sdxl have the published shapes and random weights, for measuring
+    (random:sd15:256 for images of 256 pixels)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     guidance_scale: float = 3.0

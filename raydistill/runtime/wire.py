@@ -79,6 +79,7 @@ def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_st
     return {
         "want": query.want,
         "guidance_scale": query.guidance_scale,
+        "steps": query.steps,
         "x_t": pack(query.x_t, dtype, transport),
         "t": pack(query.t, "fp32", transport),
         "cond": {
@@ -97,6 +98,7 @@ def unpack_query(packed: Mapping[str, Any], device: torch.device | str, *, diffe
         t=unpack(packed["t"], device),
         cond=Cond({name: unpack(array, device) for name, array in packed["cond"].items()}),
         guidance_scale=packed["guidance_scale"],
+        steps=packed["steps"],
     )
 
 
