@@ -109,6 +109,16 @@ def lora() -> RunConfig:
     )
 
 
+_SD15 = DMD2Config(
+    critic_updates_per_generator=10,  # config: dfake_gen_update_ratio
+    timesteps=(999.0,),  # config: conditioning_timestep; unit noise
+    gan_weight_generator=0.0,  # stage 1 has no GAN
+    gan_weight_critic=0.0,
+    dm_min_level=0.02,  # config: min_step_percent
+    dm_max_level=0.98,  # config: max_step_percent
+)
+
+
 def sd15() -> RunConfig:
     """DMD2 of Stable Diffusion 1.5 into one step, stage 1: no GAN (arXiv:2405.14867, appendix F; methods.md 1.6).
 
@@ -129,14 +139,7 @@ def sd15() -> RunConfig:
             guidance_scale=1.75,  # config: real_guidance_scale
             dtype="bf16",  # config: the teacher in bf16
         ),
-        method=DMD2Config(
-            critic_updates_per_generator=10,  # config: dfake_gen_update_ratio
-            timesteps=(999.0,),  # config: conditioning_timestep; unit noise
-            gan_weight_generator=0.0,  # stage 1 has no GAN
-            gan_weight_critic=0.0,
-            dm_min_level=0.02,  # config: min_step_percent
-            dm_max_level=0.98,  # config: max_step_percent
-        ),
+        method=_SD15,
         generator=GeneratorConfig(lr=1e-5, **adam_w),  # config; no EMA in the official code
         critic=CriticConfig(lr=1e-5, **adam_w),  # config
         train=TrainConfig(
@@ -164,7 +167,7 @@ def sd15_gan() -> RunConfig:
         base,
         name="dmd2_sd15_gan",
         method=replace(
-            base.method,
+            _SD15,
             gan_weight_generator=1e-3,  # config: gen_cls_loss_weight
             gan_weight_critic=1e-2,  # config: guidance_cls_loss_weight
             gan_start_update=4000,  # stage 1's length

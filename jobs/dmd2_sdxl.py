@@ -36,11 +36,22 @@ def recipe() -> RunConfig:
             lr=1.5e-4, warmup_steps=10, lr_schedule="linear", ema_halflife_images=3000.0
         ),
         critic=CriticConfig(lr=4e-4, warmup_steps=10, lr_schedule="linear"),
-        train=TrainConfig(generator_updates=400, batch_size=32),
+        train=TrainConfig(generator_updates=300, batch_size=32),
         data=DataConfig(shards="builtin:scenes-xl"),
-        evaluator=EvaluatorConfig(every=400, num_samples=2000, weights="ema", teacher_steps=8),
+        evaluator=EvaluatorConfig(every=300, num_samples=2000, weights="ema", teacher_steps=8),
         checkpoint=CheckpointConfig(every=100),
     )
+
+
+_PAPER = DMD2Config(
+    critic_updates_per_generator=5,  # config: dfake_gen_update_ratio
+    timesteps=(999.0, 749.0, 499.0, 249.0),  # config: range(999, 0, -250)
+    rollout="backward_simulation",  # section 4.5
+    gan_weight_generator=5e-3,  # config: gen_cls_loss_weight
+    gan_weight_critic=1e-2,  # config: guidance_cls_loss_weight
+    dm_min_level=0.02,  # config: min_step_percent
+    dm_max_level=0.98,  # config: max_step_percent
+)
 
 
 def paper() -> RunConfig:
@@ -63,15 +74,7 @@ def paper() -> RunConfig:
             guidance_scale=8.0,  # config: real_guidance_scale
             dtype="bf16",  # config: the teacher in bf16
         ),
-        method=DMD2Config(
-            critic_updates_per_generator=5,  # config: dfake_gen_update_ratio
-            timesteps=(999.0, 749.0, 499.0, 249.0),  # config: range(999, 0, -250)
-            rollout="backward_simulation",  # section 4.5
-            gan_weight_generator=5e-3,  # config: gen_cls_loss_weight
-            gan_weight_critic=1e-2,  # config: guidance_cls_loss_weight
-            dm_min_level=0.02,  # config: min_step_percent
-            dm_max_level=0.98,  # config: max_step_percent
-        ),
+        method=_PAPER,
         generator=GeneratorConfig(lr=5e-7, **adam_w),  # config; no EMA in the official code
         critic=CriticConfig(lr=5e-7, **adam_w),  # config
         train=TrainConfig(
@@ -101,7 +104,7 @@ def one_step() -> RunConfig:
         base,
         name="dmd2_sdxl_one_step",
         method=replace(
-            base.method,
+            _PAPER,
             timesteps=(399.0,),  # config: conditioning_timestep, with unit noise
             regression_updates=warm_up,
             regression_teacher_steps=50,  # ours

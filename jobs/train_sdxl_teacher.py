@@ -58,6 +58,12 @@ def main() -> None:
     pipeline.save_pretrained(args.out, safe_serialization=True)
     for part in ("tokenizer", "tokenizer_2"):
         write_vocabulary(tokenizer, args.out / part)
+    for part in ("unet", "vae"):
+        file = args.out / part / "config.json"  # diffusers notes there where a network was loaded from
+        config = json.loads(file.read_text())
+        file.write_text(
+            json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, indent=2) + "\n"
+        )
     for file in args.out.rglob("*.safetensors"):
         file.chmod(0o644)  # transformers and diffusers write for the owner only
     figures: dict[str, Any] = {"parameters": parameters}
@@ -104,7 +110,8 @@ def parse_arguments() -> argparse.Namespace:
 def make_networks(base: TextToImage) -> nn.ModuleDict:
     """UNet and text encoders of SDXL's kind, begun from the embedded teacher's weights."""
     transformers = import_transformers()
-    old_text, old_unet = base.text_encoders[0], base.denoiser.unet
+    old_text: Any = base.text_encoders[0]
+    old_unet: Any = base.denoiser.unet
     # the layer behind the one that is read is there because SDXL's encoders have it
     first = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(

@@ -7,13 +7,13 @@ the GAN head h on the critic's bottleneck, R critic updates per generator update
                 L_G = 1/2 mse(x, sg(x - g)) + lambda_g softplus(-l(x_t'))            (eq. 4)
     critic      L_C = DSM of D_f on sg(x) + lambda_d [softplus(l(x_t)) + softplus(-l(x_real,t))]
 
-No regression loss but for the warm-up below; R > 1 (two time-scale update rule, section 4.2) makes up for it. Guidance acts on D_r only.
+R > 1 (two time-scale update rule, section 4.2) makes up for a regression loss. Guidance acts on D_r only.
 Few-step generators are trained on what they see at inference ("backward simulation", section 4.5): the generator is
 rolled out without gradient to a step index shared by the whole batch, its x0 is noised to that step's time again, and
 the output at that step is judged as a clean sample.
 A one-step generator that starts far below the teacher's last timestep (SDXL at t = 399) is first regressed onto the
-teacher's own guided samples from the same noise: for `regression_updates`, L_G = mse(x, teacher's sample). The published
-warm-up compares decoded images by LPIPS on 10k stored pairs; here it is latents, and the pairs are made as they are used.
+teacher's guided samples from the same noise: for `regression_updates`, L_G = mse(x, teacher's sample). The published
+warm-up compares decoded images by LPIPS on 10k stored pairs; here it is latents, and pairs are made as they are used.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class DMD2Config(MethodConfig):
     dm_max_level: float = 0.98
     """Upper end, likewise."""
     regression_updates: int = 0
-    """Generator updates at the start that regress onto the teacher's samples from the same noise instead (one-step SDXL:
-    2000). For one step only; gan_start_update=regression_updates gives them a learning rate of their own."""
+    """Generator updates at the start that regress onto the teacher's samples from the same noise instead (one-step
+    SDXL: 2000). For one step only; gan_start_update=regression_updates gives them a learning rate of their own."""
     regression_teacher_steps: int = 25
     """Guided DDIM steps of those samples."""
     critic_weighting: Literal["published", "snr_plus_one"] = "published"
@@ -177,11 +177,11 @@ class DMD2(Method):
         if draws.step < self.config.regression_updates:
             noise = draws.normal("rollout/noise", x.shape[1:])  # what the generator was given
             start = torch.full((len(x),), self.schedule.t_max, device=x.device)
-            asked = Query(
+            sample = Query(
                 network="teacher", want="sample", x_t=noise, t=start, cond=cond,
                 guidance_scale=self.guidance_scale, steps=self.config.regression_teacher_steps,
             )  # fmt: skip
-            return {"sample": asked}
+            return {"sample": sample}
         t = draws.times("dm/t", self._dm_times)
         x_t = self.schedule.add_noise(x.detach(), t, draws.normal("dm/noise", x.shape[1:]))
         asked = {

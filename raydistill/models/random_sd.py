@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5 and XL in their published shapes with random weights: for plans, dry runs and measuring.
 
 Settings are those of the published configuration files (runwayml/stable-diffusion-v1-5 and
-stabilityai/stable-diffusion-xl-base-1.0: unet, vae, text_encoder, text_encoder_2, scheduler). Nothing is downloaded, and
-nothing is allocated before it is asked for.
+stabilityai/stable-diffusion-xl-base-1.0: unet, vae, text_encoder, text_encoder_2, scheduler). Nothing is downloaded,
+and nothing is allocated before it is asked for.
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def _parse(path: str) -> tuple[_Shape, int]:
     name, _, edge = path.removeprefix("random:").partition(":")
     shape = _SHAPES.get(f"random:{name}")
     if shape is None:
-        raise ConfigError(f"teacher.path={path!r} is not one of {', '.join(_SHAPES)}, or one with :EDGE in pixels")
+        raise ConfigError(
+            f"teacher.path={path!r} is not one of {', '.join(_SHAPES)}, or one with :EDGE in pixels"
+        )
     if not edge and path.endswith(":"):
         edge = "none"
     if edge and (not edge.isdecimal() or int(edge) < 1 or int(edge) % shape.smallest):

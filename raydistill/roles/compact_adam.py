@@ -56,11 +56,11 @@ class CompactAdamW(torch.optim.Optimizer):
         step, (beta1, beta2) = state["step"], group["betas"]
         if gradient.stride() != parameter.stride():
             gradient = torch.empty_like(parameter).copy_(gradient)
-        draws = torch.Generator(parameter.device).manual_seed((step << 24) + number)
+        # torch's generators on the CPU keep 32 bits of a seed: odd factors spread both numbers over all of them
+        seed = (step * 0x9E3779B1 + number * 0x85EBCA77) & 0xFFFFFFFF
+        draws = torch.Generator(parameter.device).manual_seed(seed)
         # all four lie in memory alike, whatever the order of their axes
-        flat = [
-            _flat(tensor) for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        ]
+        flat = [_flat(tensor) for tensor in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, grad, first, second in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
             m = first.float().lerp_(grad.float(), 1 - beta1)
             v = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -63,7 +63,8 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
 def _require_own_prediction(teacher: TeacherConfig) -> None:
     if teacher.prediction != "auto":
         raise ConfigError(
-            f"teacher.prediction={teacher.prediction}: what teacher.path={teacher.path!r} predicts is fixed; it must be auto"
+            f"teacher.prediction={teacher.prediction}: what teacher.path={teacher.path!r} predicts is fixed; "
+            "it must be auto"
         )
 
 

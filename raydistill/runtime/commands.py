@@ -18,8 +18,8 @@ from raydistill.errors import ConfigError
 from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
 from raydistill.models.denoiser import Denoiser
-from raydistill.models.diffusers_export import LORA_FILE
-from raydistill.models.diffusers_hub import import_diffusers
+from raydistill.models.diffusers_export import LORA_FILE, push_folder, require_pushable, write_single_file
+from raydistill.models.diffusers_hub import import_diffusers, local_folder
 from raydistill.models.edm_pipeline import is_edm, load_edm_pipeline
 from raydistill.models.pipeline import Pipeline
 from raydistill.roles.generator import Weights, generator_adapter, generator_weights
@@ -127,12 +127,44 @@ def evaluate(
     return figures | {"step": update, "protocol_hash": evaluator.protocol.hash()}
 
 
-def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:
-    """Write a run's generator as a diffusers folder. Raises ConfigError if `out` exists."""
+def export(
+    run: str,
+    out: str,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    single_file: str | None = None,
+    push_to: str | None = None,
+) -> Path:
+    """Write a run's generator as a diffusers folder, and where asked for as one file and to a hub id.
+
+    Raises ConfigError if `out` exists, the teacher is none of diffusers' where that is needed, or the Hub refuses.
+    """
+    if push_to is not None:
+        require_pushable(push_to)
     if Path(out).exists():
         raise ConfigError(f"{out} exists already; give a new folder")
     config, snapshot = open_run(run, step, weights)
-    return export_snapshot(config, snapshot, Path(out))
+    if single_file is not None and is_edm(teacher_folder(config.teacher)):
+        raise ConfigError(
+            f"--single-file {single_file} is for diffusers teachers; model.safetensors in {out} is one"
+        )
+    written = export_snapshot(config, snapshot, Path(out))
+    if single_file is not None:
+        method = build_method(config, build_pipeline(config))
+        about = {
+            "base_model": config.teacher.path,
+            "timesteps": ",".join(f"{t:g}" for t in method.sampling_times),
+            "generator_update": str(snapshot.step),
+        }
+        write_single_file(
+            generator_weights(snapshot, config.evaluator.weights, partial(build_pipeline, config)),
+            Path(single_file),
+            about,
+        )
+    if push_to is not None:
+        push_folder(written, push_to)
+    return written
 
 
 @torch.no_grad()
@@ -169,7 +201,8 @@ def export_difference(
     found = [out] if generator_adapter(snapshot, config.evaluator.weights) is None else [out, LORA_FILE]
     difference = 0.0
     for source in found:
-        loaded = _plain_diffusers(teacher_folder(config.teacher) if source == LORA_FILE else out)
+        base = str(local_folder(teacher_folder(config.teacher), config.teacher.revision))
+        loaded = _plain_diffusers(base if source == LORA_FILE else out)
         if source == LORA_FILE:
             loaded.load_lora_weights(out, weight_name=LORA_FILE)
             loaded.scheduler = _plain_diffusers(out).scheduler

@@ -19,12 +19,19 @@ from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.detectors import ACCURACY
 from raydistill.eval.protocol import cost
 from raydistill.methods.method import Method
-from raydistill.models.diffusers_export import export_pipeline, exported_weights, few_step_scheduler
+from raydistill.models.diffusers_export import (
+    export_pipeline,
+    exported_weights,
+    few_step_scheduler,
+    require_exportable,
+)
 from raydistill.models.diffusers_hub import scheduler_config
 from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline, save_edm
 from raydistill.models.lora import for_diffusers
+from raydistill.models.random_sd import is_random_sd
 from raydistill.roles.generator import generator_adapter, generator_weights
 from raydistill.runtime.build import build_pipeline, denoiser_on_meta, method_for
+from raydistill.runtime.model_card import write_card
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder, without_secret_settings
 from raydistill.tracking import OFF, register_model, without_secrets
@@ -115,8 +122,10 @@ def warn_if_not_exportable(config: RunConfig) -> None:
     there."""
     if is_edm(teacher_folder(config.teacher)):
         return
-    scheduler = scheduler_config(teacher_folder(config.teacher), revision=config.teacher.revision)
+    path = teacher_folder(config.teacher)
+    scheduler = {} if is_random_sd(path) else scheduler_config(path, revision=config.teacher.revision)
     try:
+        require_exportable(path)
         few_step_scheduler(scheduler, _timesteps(_method(config)))
     except ConfigError as error:
         log.warning("the generator can be trained and sampled, but not exported: %s", error)
@@ -154,6 +163,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
         (out / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
+    write_card(config, method, snapshot, out)
     return out
 
 
