@@ -71,7 +71,10 @@ def parse() -> argparse.Namespace:
         "--batch", type=int, help="samples of an update (scenes 64, edm16 16, edm32 16, the job's own)"
     )
     parser.add_argument(
-        "--updates", type=int, default=5, help="measured updates after one to warm up (%(default)s)"
+        "--updates",
+        type=int,
+        default=5,
+        help="measured updates after one to warm up (%(default)s); 0: the cold one alone, for its memory",
     )
     parser.add_argument(
         "--ratio", type=int, help="R, critic updates per generator update (5, or the job's own)"
@@ -147,11 +150,12 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     owners = [role for role in ("generator", "critic") if not getattr(config, role).lora]
     owners += ["teacher"] * (len(owners) == 2)
     counts = {role: Count(networks_by_role[role].network) for role in owners}
-    trainer.window()
-    for count in counts.values():
-        count.reset()
+    if arguments.updates:
+        trainer.window()
+        for count in counts.values():
+            count.reset()
     seconds = []
-    for _ in range(arguments.updates):
+    for _ in range(arguments.updates or 1):
         synchronise(device)
         started = time.perf_counter()
         trainer.window()
@@ -159,12 +163,12 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)
     equivalents = {
-        role: count.equivalents(planned.encoder_share) / batch / arguments.updates
+        role: count.equivalents(planned.encoder_share) / batch / len(seconds)
         for role, count in counts.items()
     }
     peak = peak_memory_gib(device)
-    phases = role_times.measure(trainer, arguments.updates)
-    return {
+    phases = role_times.measure(trainer, arguments.updates) if arguments.updates else None
+    result = {
         "size": size,
         "batch_size": batch,
         "critic_updates_per_generator": ratio,
@@ -181,7 +185,8 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         "peak_gib": peak - (0.0 if arguments.gpu else baseline),
         "peak_gib_planned": planned.total_bytes / GIB,
         "process_gib_before": baseline,
-    } | role_times.entry(phases, config, planned)
+    }
+    return result if phases is None else result | role_times.entry(phases, config, planned)
 
 
 def size_config(arguments: argparse.Namespace, size: str) -> Any:
@@ -352,6 +357,8 @@ def show(result: dict[str, Any]) -> None:
     for role, counted in result["forward_equivalents"].items():
         planned = result["forward_equivalents_planned"][role]
         print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {planned:7.2f}")
+    if "role_seconds" not in result:
+        return
     print("  seconds of the phases, for the whole batch:")
     for phase, seconds in result["role_seconds"].items():
         print(f"  {phase:<18} {seconds:8.4f}")

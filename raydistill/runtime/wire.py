@@ -75,7 +75,7 @@ def num_bytes(packed: Any) -> int:
 
 
 def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_store") -> dict[str, Any]:
-    """A query as it travels; noise levels and class labels stay exact."""
+    """A query as it travels; noise levels, class labels and SDXL's sizes stay exact."""
     return {
         "want": query.want,
         "guidance_scale": query.guidance_scale,
@@ -83,7 +83,7 @@ def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_st
         "x_t": pack(query.x_t, dtype, transport),
         "t": pack(query.t, "fp32", transport),
         "cond": {
-            name: pack(tensor, "fp32" if tensor.ndim == 1 else dtype, transport)
+            name: pack(tensor, "fp32" if tensor.ndim == 1 or name == "time_ids" else dtype, transport)
             for name, tensor in query.cond.tensors.items()
         },
     }

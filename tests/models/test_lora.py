@@ -157,7 +157,7 @@ def plain_features(denoiser: Denoiser, weights: dict[str, Tensor]) -> Callable[.
 def test_a_call_that_fails_leaves_no_adapter_on() -> None:
     denoiser, x, t, cond = unet()
     expected = denoiser(x, t, cond)
-    base, views = shared(denoiser)
+    _, views = shared(denoiser)
     with pytest.raises(KeyError):
         views["generator"](x, t, Cond({}))
     assert torch.equal(denoiser(x, t, cond), expected)
