@@ -14,6 +14,7 @@ samples per second, peak memory beside the plan's, and the median seconds of eac
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -113,7 +114,16 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     config = job_config(arguments) if arguments.job else size_config(arguments, size)
-    pipeline, meta, shapes = job_networks(config) if arguments.job else networks(size)
+    if arguments.job:
+        # what the libraries and their imports take is there before the networks are
+        meta, shapes = job_meta(config)
+        planned = plan_for(config, meta, shapes)
+        baseline = reset_peak_gib(device)
+        pipeline = job_pipeline(config)
+    else:
+        pipeline, meta, shapes = networks(size)
+        planned = plan_for(config, meta, shapes)
+        baseline = reset_peak_gib(device)
     batch, ratio = config.train.batch_size, config.method.critic_updates_per_generator
 
     def source(
@@ -131,12 +141,15 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         def scorer(self, pipeline: object) -> None:
             return None
 
-    baseline = peak_memory_gib(device)
     trainer = Trainer(config, BenchSession(), pipeline, source)  # type: ignore[arg-type]
+    reset_peak_gib(device)  # a teacher is loaded in fp32, whatever teacher.dtype
     networks_by_role = {
         "generator": trainer.generator.denoiser, "critic": trainer.critic.critic.denoiser, "teacher": pipeline.denoiser,
     }  # fmt: skip
-    counts = {role: Count(net.network) for role, net in networks_by_role.items()}
+    # passes through a network that several roles share can't be told apart by its layers
+    owners = [role for role in ("generator", "critic") if not getattr(config, role).lora]
+    owners += ["teacher"] * (len(owners) == 2)
+    counts = {role: Count(networks_by_role[role].network) for role in owners}
     if arguments.updates:
         trainer.window()
         for count in counts.values():
@@ -148,7 +161,6 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         trainer.window()
         synchronise(device)
         seconds.append(time.perf_counter() - started)
-    planned = plan_for(config, meta, shapes)
     median = statistics.median(seconds)
     equivalents = {
         role: count.equivalents(planned.encoder_share) / batch / len(seconds)
@@ -160,7 +172,7 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         "size": size,
         "batch_size": batch,
         "critic_updates_per_generator": ratio,
-        "parameters": parameter_count(pipeline.denoiser),
+        "parameters": parameter_count(meta),
         "dtype": config.train.dtype,
         "device": torch.cuda.get_device_name()
         if arguments.gpu
@@ -233,15 +245,39 @@ def job_config(arguments: argparse.Namespace) -> Any:
     return config
 
 
-def job_networks(config: Any) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
-    """`networks` of a job."""
+def job_meta(config: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A job's denoiser on the meta device, and the condition shapes of one sample."""
     from raydistill.errors import RayDistillError
-    from raydistill.runtime.build import build_pipeline, denoiser_on_meta
+    from raydistill.runtime.build import denoiser_on_meta
 
     try:
-        return build_pipeline(config), *denoiser_on_meta(config)
+        return denoiser_on_meta(config)
     except RayDistillError as error:
         sys.exit(f"bench_step: error: {error}")
+
+
+def job_pipeline(config: Any) -> Any:
+    from raydistill.errors import RayDistillError
+    from raydistill.runtime.build import build_pipeline
+
+    try:
+        return build_pipeline(config)
+    except RayDistillError as error:
+        sys.exit(f"bench_step: error: {error}")
+
+
+def reset_peak_gib(device: Any) -> float:
+    """Let the peak begin anew, where the system can (Linux), and return what this process holds now."""
+    import torch
+
+    from raydistill.runtime.trainer import peak_memory_gib
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_gib(device)
 
 
 class Count:

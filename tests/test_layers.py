@@ -25,6 +25,7 @@ EXCEPTIONS = {("raydistill/data/scenes.py", "raydistill.eval.features")}
 DOORS = {
     "diffusers": ("raydistill/models/diffusers_hub.py", "jobs/train_teacher.py"),
     "transformers": ("raydistill/models/diffusers_hub.py", "jobs/train_teacher.py"),
+    "peft": ("raydistill/models/lora.py",),
     "mlflow": ("raydistill/tracking/",),
     "webdataset": ("raydistill/data/",),
     "s3fs": ("raydistill/object_store.py",),

@@ -21,6 +21,9 @@ SINGLE_FILE = "unet/diffusion_pytorch_model.safetensors"
 """The generator in an exported folder, however large."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers calls it."""
+
 
 def export_pipeline(
     teacher_path: str,
@@ -30,6 +33,7 @@ def export_pipeline(
     timesteps: Sequence[float],
     prediction: str = "auto",
     revision: str | None = None,
+    lora: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
 
@@ -37,7 +41,8 @@ def export_pipeline(
     generator's own: x0, then re-noise to the next time.
 
     weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained. prediction: as the
-    teacher was loaded with.
+    teacher was loaded with. lora: of a generator that was trained as one, by diffusers' names, written beside it for
+    the teacher's own pipeline: `load_lora_weights(out)`.
 
     Raises ConfigError if the scheduler can't reproduce `timesteps` or the teacher has no folder, CheckpointError if
     `out` can't be written.
@@ -64,6 +69,9 @@ def export_pipeline(
         scheduler.save_pretrained(out / "scheduler")
         index = read_json(out / "model_index.json", teacher_path)
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if lora is not None:
+            save_file(lora, out / LORA_FILE)
+            (out / LORA_FILE).chmod(mode)
         (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raydistill.checkpoint import pack_optimizer, prefixed, unpack_optimizer, unprefixed
 from raydistill.errors import ConfigError, TrainingError
+from raydistill.models.lora import Lora, LoraTargets
 from raydistill.roles.compact_adam import CompactAdamW
 from raydistill.roles.world import World
 
@@ -39,6 +40,23 @@ class OptimizerConfig:
     """Precision of Adam's moments; bf16, rounded stochastically, halves their memory and takes longer."""
     clip_norm: float | None = 10.0
     """Largest gradient norm; larger gradients are scaled down. none: never (SiD)."""
+    lora_rank: int = 0
+    """Rank r of low-rank adapters (LoRA, arXiv:2106.09685) that are trained instead of the network: generator and
+    critic that have them share one frozen network with the teacher, in teacher.dtype. DMD2's SDXL: 64. 0: all weights
+    are trained, in fp32."""
+    lora_alpha: float | None = None
+    """alpha: adapters count alpha / r times (DMD2's SDXL: 8, with lr 5e-5). none: alpha = r."""
+    lora_targets: LoraTargets = "attention"
+    """Layers that adapters go into: attention (its projections), or all (feed-forward layers and convolutions too, as
+    LCM-LoRA and DMD2's SDXL)."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter's shape, None where all weights are trained."""
+        if not self.lora_rank:
+            return None
+        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora_rank, float(alpha), self.lora_targets)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -9,6 +9,7 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.methods.method import Work
-from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.denoiser import Cond, Denoiser, parameter_count
 from raydistill.models.edm_pipeline import is_edm
 from raydistill.models.heads import BottleneckHead
+from raydistill.models.lora import SharedBase
+from raydistill.roles.optimizer import OptimizerConfig
 from raydistill.runtime.build import denoiser_on_meta, method_for, require_guidable
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
@@ -149,6 +152,7 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     denoiser.network.train()
     if config.train.activation_checkpointing:
         denoiser.checkpoint_activations()
+    networks = _networks(config, denoiser)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, Cond]:
         cond = {name: torch.empty(samples, *shape, device="meta") for name, shape in cond_shapes.items()}
@@ -158,24 +162,30 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     one = inputs(1)
     micro = config.train.micro_batch(max(1, config.placement.workers))
     # one pass for both counts: on the meta device a big UNet's takes seconds
-    flops, measured = _flops(lambda: _saved_bytes(lambda: denoiser(*inputs(micro))))
+    flops, measured = _flops(lambda: _saved_bytes(denoiser, lambda: denoiser(*inputs(micro))))
     full = flops / micro
     with torch.no_grad():
         half, _ = _flops(lambda: denoiser.features(*one))
     share = half / full
     method = method_for(config, denoiser.schedule)
     r = method.critic_updates_per_generator
-    backward = 3.0 if config.train.activation_checkpointing else 2.0
-    work = method.work(encoder_share=share, backward=backward, guided=config.teacher.guidance_scale != 1)
+    backward = {
+        # through a frozen base no gradients of weights are made; those of A and B are left out
+        role: (1.0 if getattr(config, role).lora else 2.0) + config.train.activation_checkpointing
+        for role in ("generator", "critic")
+    }
+    work = method.work(
+        encoder_share=share, backward=backward["critic"], guided=config.teacher.guidance_scale != 1
+    )
     batches = r + method.critic_first  # of samples in a window
     forwards = {
-        "generator": backward + batches * (1 + work.rollout),
+        "generator": backward["generator"] + batches * (1 + work.rollout),
         "critic": work.critic_answer + r * work.critic_update,
         "teacher": work.teacher_answer + r * work.teacher_for_critic,
     }
 
     seconds = RoleSeconds(
-        generator_update=backward,
+        generator_update=backward["generator"],
         sample=1 + work.rollout,
         critic_answer=work.critic_answer,
         critic_update=work.critic_update,
@@ -185,38 +195,27 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     ranks = _ranks(config, seconds, critic_first=method.critic_first)
 
     def saved_bytes(role: str) -> int:
-        of_rank = config.train.micro_batch(ranks[role])
-        saved = measured if of_rank == micro else _saved_bytes(lambda: denoiser(*inputs(of_rank)))
+        of_rank, network = config.train.micro_batch(ranks[role]), networks[role]
+        again = of_rank != micro or network is not denoiser
+        saved = _saved_bytes(network, lambda: network(*inputs(of_rank))) if again else measured
         return saved * (2 if config.train.dtype == "bf16" else 4) // 4
 
     activations = saved_bytes("generator")
-    same = ranks["critic"] == ranks["generator"]
+    same = ranks["critic"] == ranks["generator"] and networks["critic"] is networks["generator"]
     critic_activations = activations if same else saved_bytes("critic")
     head = 0
     if method.needs.gan_head:
         channels, size, _ = denoiser.feature_shape
         with torch.device("meta"):
             head = sum(p.numel() for p in BottleneckHead(channels, size).parameters())
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
+    trained = {role: parameter_count(network) for role, network in networks.items()}
+    ema = 4 * trained["generator"] if config.generator.ema_halflife_images > 0 else 0
+    base = parameter_count(denoiser) * (2 if config.teacher.dtype == "bf16" else 4)
     roles = {
-        "teacher": RoleBytes(
-            weights=parameters * (2 if config.teacher.dtype == "bf16" else 4),
-            activations=int(activations * work.teacher_graphs),
-        ),
-        "generator": RoleBytes(
-            4 * parameters,
-            4 * parameters,
-            _MOMENT_BYTES[config.generator.moments] * parameters,
-            ema,
-            activations,
-        ),
-        "critic": RoleBytes(
-            4 * (parameters + head),
-            4 * (parameters + head),
-            _MOMENT_BYTES[config.critic.moments] * (parameters + head),
-            0,
-            int(critic_activations * work.critic_graphs),
+        "teacher": RoleBytes(weights=base, activations=int(activations * work.teacher_graphs)),
+        "generator": _trained_bytes(config.generator, trained["generator"], ema, activations),
+        "critic": _trained_bytes(
+            config.critic, trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)
         ),
     }
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
@@ -236,6 +235,22 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         gflop_per_forward=full / 1e9,
         batch_size=config.train.batch_size,
     )
+
+
+def _trained_bytes(config: OptimizerConfig, parameters: int, ema: int, activations: int) -> RoleBytes:
+    """Of fp32 weights with their gradients and Adam's two moments."""
+    moments = _MOMENT_BYTES[config.moments] * parameters
+    return RoleBytes(4 * parameters, 4 * parameters, moments, ema, activations)
+
+
+def _networks(config: RunConfig, denoiser: Denoiser) -> dict[str, Denoiser]:
+    """The trained roles' networks on the meta device, adapters in a copy of it."""
+    networks = {"generator": denoiser, "critic": denoiser}
+    base = SharedBase(copy.deepcopy(denoiser))
+    for role in networks:
+        if lora := getattr(config, role).lora:
+            networks[role] = base.add(role, lora, dtype="fp32", seed=0)
+    return networks
 
 
 def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> dict[str, int]:
@@ -263,12 +278,13 @@ def _flops(call: Callable[[], T]) -> tuple[int, T]:
     return counter.get_total_flops(), result
 
 
-def _saved_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct tensors that a backward pass of `call` would keep, parameters left out."""
+def _saved_bytes(denoiser: Denoiser, call: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct tensors that a backward pass of `call` would keep, the network's weights left out."""
     seen: dict[int, Tensor] = {}
+    weights = {weight.untyped_storage()._cdata for weight in denoiser.network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if tensor.untyped_storage()._cdata not in weights:
             seen[tensor.untyped_storage()._cdata] = tensor
         return tensor
 

@@ -261,6 +261,7 @@ def validate(config: RunConfig) -> None:
     if train.micro_batch_size is not None and train.micro_batch_size < 1:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
     _validate_placement(config.placement)
+    _validate_lora(config)
     require_divisible(config)
     if config.evaluator.workers > 1 and config.placement.session == "inline":
         raise PlacementError(
@@ -289,6 +290,34 @@ def _validate_copies(checkpoint: CheckpointConfig) -> None:
         raise ConfigError(f"checkpoint.retry_max_s={checkpoint.retry_max_s:g} must be above 0")
     if checkpoint.upload_wait_s < 0:
         raise ConfigError(f"checkpoint.upload_wait_s={checkpoint.upload_wait_s:g} must not be negative")
+
+
+def _validate_lora(config: RunConfig) -> None:
+    for role in ("generator", "critic"):
+        settings = getattr(config, role)
+        rank, alpha, targets = settings.lora_rank, settings.lora_alpha, settings.lora_targets
+        if rank < 0:
+            raise ConfigError(f"{role}.lora_rank={rank} must not be negative; 0 trains all weights")
+        for name, value, given in (
+            ("lora_alpha", alpha, alpha is not None),
+            ("lora_targets", targets, targets != "attention"),
+        ):
+            if given and not rank:
+                raise ConfigError(
+                    f"{role}.{name}={value} has no meaning without {role}.lora_rank, which is 0"
+                )
+        if alpha is not None and not alpha > 0:
+            raise ConfigError(f"{role}.lora_alpha={alpha:g} must be positive, or none for the rank")
+        if rank and config.train.compile:
+            raise ConfigError(
+                f"train.compile=true with {role}.lora_rank={rank}: a network that switches its adapters is not "
+                "compiled; set one of them to false or 0"
+            )
+        if rank and config.teacher.dtype == "bf16" and config.train.dtype == "fp32":
+            raise ConfigError(
+                f"train.dtype=fp32 with {role}.lora_rank={rank} and teacher.dtype=bf16: adapters compute in the "
+                "precision of the base that they share with the teacher; set train.dtype=bf16 or teacher.dtype=fp32"
+            )
 
 
 def require_divisible(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from raydistill.models.diffusers_export import (
 )
 from raydistill.models.diffusers_hub import scheduler_config
 from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline, save_edm
+from raydistill.models.lora import for_diffusers
 from raydistill.models.random_sd import is_random_sd
-from raydistill.roles.generator import generator_weights
-from raydistill.runtime.build import denoiser_on_meta, method_for
+from raydistill.roles.generator import generator_adapter, generator_weights
+from raydistill.runtime.build import build_pipeline, denoiser_on_meta, method_for
 from raydistill.runtime.model_card import write_card
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder, without_secret_settings
@@ -132,7 +134,8 @@ def warn_if_not_exportable(config: RunConfig) -> None:
 def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
     """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder, or as the folder of an EDM
     network beside which its noise levels stand."""
-    weights = generator_weights(snapshot, config.evaluator.weights)
+    weights = generator_weights(snapshot, config.evaluator.weights, partial(build_pipeline, config))
+    adapter = generator_adapter(snapshot, config.evaluator.weights)
     method = _method(config)
     path = teacher_folder(config.teacher)
     if not is_edm(path):
@@ -143,6 +146,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
             timesteps=_timesteps(method),
             prediction=config.teacher.prediction,
             revision=config.teacher.revision,
+            lora=for_diffusers(*adapter) if adapter else None,
         )
     else:
         made = {
