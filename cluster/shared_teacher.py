@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ _UPDATES = 100
 _LOOK_AT = 10
 
 
-def make_teacher(folder: Path, width: int) -> tuple[int, list[bytes]]:
+def make_teacher(folder: Path, width: int) -> tuple[int, bytes]:
     """Write the teacher; returns the bytes of its network's weights, and some of a convolution that are nowhere else,
-    in both layouts.
+    laid out as networks in use have them (channels last).
 
-    Of a linear layer they would not do: a process that reads the file maps such weights from it.
+    In the file they lie otherwise, and so in memory that a process has freed after it had read them; those of a linear
+    layer would be the same, and mapped from the file.
     """
     from raydistill.models.diffusers_hub import import_diffusers
 
@@ -53,12 +54,11 @@ def make_teacher(folder: Path, width: int) -> tuple[int, list[bytes]]:
     unet.save_pretrained(folder / "unet")
     weights = unet.state_dict()
     kernel = max((each for each in weights.values() if each.ndim == 4), key=lambda each: each.numel())
-    layouts = (kernel.contiguous(), kernel.permute(0, 2, 3, 1).contiguous())
-    signatures = [each.numpy().tobytes()[:_SIGNATURE_BYTES] for each in layouts]
-    return sum(each.nbytes for each in weights.values()), signatures
+    laid_out = kernel.permute(0, 2, 3, 1).contiguous()
+    return sum(each.nbytes for each in weights.values()), laid_out.numpy().tobytes()[:_SIGNATURE_BYTES]
 
 
-def measure(folder: Path, teacher: Path, signatures: Sequence[bytes], *, shared: bool) -> dict[str, Any]:
+def measure(folder: Path, teacher: Path, signature: bytes, *, shared: bool) -> dict[str, Any]:
     """Run the sweep and look. Raises RuntimeError if it fails."""
     name = "shared" if shared else "own"
     command = [
@@ -80,7 +80,7 @@ def measure(folder: Path, teacher: Path, signatures: Sequence[bytes], *, shared:
                 raise RuntimeError(f"the trials did not get to update {_LOOK_AT}: see {folder / name}.log")
             time.sleep(0.2)
         processes = [sweep, *sweep.children(recursive=True)]
-        looked = look(processes, signatures)
+        looked = look(processes, signature)
         if any(_losses(folder / "runs" / f"{name}-{n:03d}")[-1][0] == _UPDATES for n in range(_TRIALS)):
             raise RuntimeError(f"a trial was over before its memory was looked at: see {folder / name}.log")
         if sweep.wait(_WAIT_S):
@@ -108,12 +108,12 @@ def _evaluated(run_dir: Path) -> bool:
     return ledger.is_file() and str(_LOOK_AT) in json.loads(ledger.read_text())
 
 
-def look(processes: list[psutil.Process], signatures: Sequence[bytes]) -> dict[str, Any]:
+def look(processes: list[psutil.Process], signature: bytes) -> dict[str, Any]:
     """Where in memory the bytes lie, a place that several processes share once, and what all processes hold."""
     for process in processes:
         process.suspend()  # nothing moves meanwhile
     try:
-        places = {place for process in processes for each in signatures for place in _places(process, each)}
+        places = {place for process in processes for place in _places(process, signature)}
         memory = sum(process.memory_full_info().pss for process in processes)
     finally:
         for process in processes:
@@ -167,7 +167,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rdmem", dir="/tmp", ignore_cleanup_errors=True) as made:
         folder = Path(made)
-        size, signatures = make_teacher(folder / "teacher", arguments.width)
+        size, signature = make_teacher(folder / "teacher", arguments.width)
         print(
             f"a teacher of {size / 2**20:.0f} MiB, {_TRIALS} trials of DMD2 at once, each with its evaluator"
         )
@@ -175,7 +175,7 @@ def main() -> int:
         figures: dict[str, Any] = {"teacher_mib": round(size / 2**20, 1)}
         for name, shared in (("one teacher for all trials", True), ("a teacher for each", False)):
             try:
-                found = measure(folder, folder / "teacher", signatures, shared=shared)
+                found = measure(folder, folder / "teacher", signature, shared=shared)
             except RuntimeError as error:
                 print(f"shared_teacher: error: {error}", file=sys.stderr)
                 for log in folder.glob("*.log"):
