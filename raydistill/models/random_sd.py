@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,13 +108,16 @@ class RandomSDPipeline(Pipeline):
 
     denoiser: UNetDenoiser
 
-    def __init__(self, path: str):
-        """Raises ConfigError for a name or an image size that is none."""
+    def __init__(self, path: str, *, weights: Literal["random", "none"] = "random"):
+        """weights: none leaves the UNet on the meta device, where only its shapes are wanted.
+
+        Raises ConfigError for a name or an image size that is none.
+        """
         shape, size = _parse(path)
         self._shape, self._size = shape, size
         self._vae: Any = None
         self._device: torch.device | str = "cpu"
-        self.denoiser = _denoiser(shape, size, "cpu")
+        self.denoiser = _denoiser(shape, size, "cpu" if weights == "random" else "meta")
         self.latent_shape = self.denoiser.sample_shape
         self.fingerprint = hashlib.sha256(f"{path} seed 0".encode()).hexdigest()
 
