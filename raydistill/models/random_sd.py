@@ -22,7 +22,6 @@ from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import UNetDenoiser, import_diffusers, import_transformers
 from raydistill.models.pipeline import Pipeline
 
-_PREFIX = ("random:sd15", "random:sdxl")
 _VAE_FACTOR = 8
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -97,7 +96,7 @@ _SHAPES = {
 
 def is_random_sd(path: str) -> bool:
     """Whether teacher.path means one of these."""
-    return path.startswith(_PREFIX)
+    return path.startswith("random:") and not path.startswith("random:edm-")
 
 
 class RandomSDPipeline(Pipeline):

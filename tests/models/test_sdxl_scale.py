@@ -85,7 +85,7 @@ def test_a_random_teachers_images_may_be_smaller_and_wrong_names_are_refused() -
     assert random_sd_on_meta("random:sd15:128")[0].sample_shape == (4, 16, 16)
     assert random_sd_on_meta("random:sdxl:256")[0].feature_shape == (1280, 8, 8)
     assert not is_random_sd("random:edm-cifar10")
-    for path in ("random:sd15:100", "random:sdxl:", "random:sdxl:0", "random:sd15-x"):
+    for path in ("random:sd15:100", "random:sdxl:", "random:sdxl:0", "random:sd15-x", "random:sd3"):
         with pytest.raises(ConfigError, match=rf"teacher\.path='{path}'"):
             random_sd_on_meta(path)
 
