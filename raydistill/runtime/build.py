@@ -61,8 +61,8 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
 def _require_own_prediction(teacher: TeacherConfig, kind: str) -> None:
     if teacher.prediction != "auto":
         raise ConfigError(
-            f"teacher.prediction={teacher.prediction}: what the {kind} network teacher.path={teacher.path!r} predicts is "
-            "fixed; it must be auto"
+            f"teacher.prediction={teacher.prediction}: what the {kind} network teacher.path={teacher.path!r} predicts "
+            "is fixed; it must be auto"
         )
 
 
