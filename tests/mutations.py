@@ -38,6 +38,8 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 DMD2 = ("tests/methods/test_dmd2.py",)
+WARM_UP = ("tests/methods/test_dmd2_warm_up.py",)
+COMPACT = ("tests/roles/test_compact_adam.py",)
 SID = ("tests/methods/test_sid.py",)
 MOMENT = ("tests/methods/test_moment_matching.py",)
 INSTANT = ("tests/roles/test_instant_critic.py",)
@@ -114,6 +116,29 @@ MUTATIONS = [
             "dmd2: rollout keeps its graph",
             "        with torch.no_grad():\n            for step in range(last):",
             "        with torch.enable_grad():\n            for step in range(last):",
+        ),
+    ),
+    *_of(
+        "methods/dmd2.py",
+        WARM_UP,
+        (
+            "dmd2: warm-up's pairs of another noise",
+            'noise = draws.normal("rollout/noise", x.shape[1:])',
+            'noise = draws.normal("dm/noise", x.shape[1:])',
+        ),
+        (
+            "dmd2: warm-up's samples without guidance",
+            "guidance_scale=self.guidance_scale, steps=",
+            "guidance_scale=1.0, steps=",
+        ),
+    ),
+    *_of(
+        "roles/compact_adam.py",
+        COMPACT,
+        (
+            "compact AdamW: second moment rounded to nearest",
+            "second.copy_(_rounded(v.clone(), draws))",
+            "second.copy_(v)",
         ),
     ),
     *_of(

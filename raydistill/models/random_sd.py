@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from raydistill.models.denoiser import Cond
 from raydistill.models.diffusers_hub import UNetDenoiser, import_diffusers, import_transformers
 from raydistill.models.pipeline import Pipeline
 
-_PREFIX = ("random:sd15", "random:sdxl")
 _VAE_FACTOR = 8
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -97,7 +96,7 @@ _SHAPES = {
 
 def is_random_sd(path: str) -> bool:
     """Whether teacher.path means one of these."""
-    return path.startswith(_PREFIX)
+    return path.startswith("random:") and not path.startswith("random:edm-")
 
 
 class RandomSDPipeline(Pipeline):
@@ -108,13 +107,16 @@ class RandomSDPipeline(Pipeline):
 
     denoiser: UNetDenoiser
 
-    def __init__(self, path: str):
-        """Raises ConfigError for a name or an image size that is none."""
+    def __init__(self, path: str, *, weights: Literal["random", "none"] = "random"):
+        """weights: none leaves the UNet on the meta device, where only its shapes are wanted.
+
+        Raises ConfigError for a name or an image size that is none.
+        """
         shape, size = _parse(path)
         self._shape, self._size = shape, size
         self._vae: Any = None
         self._device: torch.device | str = "cpu"
-        self.denoiser = _denoiser(shape, size, "cpu")
+        self.denoiser = _denoiser(shape, size, "cpu" if weights == "random" else "meta")
         self.latent_shape = self.denoiser.sample_shape
         self.fingerprint = hashlib.sha256(f"{path} seed 0".encode()).hexdigest()
 

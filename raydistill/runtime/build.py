@@ -34,10 +34,10 @@ def build_pipeline(config: RunConfig) -> Pipeline:
     """The teacher's pipeline, frozen, in fp32, on the CPU."""
     teacher = config.teacher
     if is_edm(teacher_folder(teacher)):
-        _require_own_prediction(teacher)
+        _require_own_prediction(teacher, "EDM")
         return load_edm_pipeline(teacher_folder(teacher))
     if is_random_sd(teacher.path):
-        _require_own_prediction(teacher)
+        _require_own_prediction(teacher, "random")
         return RandomSDPipeline(teacher.path)
     return diffusers_hub.load_pipeline(
         teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision
@@ -52,19 +52,19 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
     teacher = config.teacher
     path = teacher_folder(teacher)
     if is_edm(path):
-        _require_own_prediction(teacher)
+        _require_own_prediction(teacher, "EDM")
         return edm_on_meta(path)
     if is_random_sd(path):
-        _require_own_prediction(teacher)
+        _require_own_prediction(teacher, "random")
         return random_sd_on_meta(path)
     return diffusers_hub.denoiser_on_meta(path, teacher.prediction, teacher.revision)
 
 
-def _require_own_prediction(teacher: TeacherConfig) -> None:
+def _require_own_prediction(teacher: TeacherConfig, kind: str) -> None:
     if teacher.prediction != "auto":
         raise ConfigError(
-            f"teacher.prediction={teacher.prediction}: what teacher.path={teacher.path!r} predicts is fixed; "
-            "it must be auto"
+            f"teacher.prediction={teacher.prediction}: what the {kind} network teacher.path={teacher.path!r} predicts "
+            "is fixed; it must be auto"
         )
 
 

@@ -19,7 +19,12 @@ from raydistill.models.diffusers_export import (
     write_single_file,
 )
 from raydistill.models.diffusers_hub import TextToImage, import_diffusers, load_pipeline
-from raydistill.models.random_sd import is_random_sd, random_sd_on_meta, random_sd_parts
+from raydistill.models.random_sd import (
+    RandomSDPipeline,
+    is_random_sd,
+    random_sd_on_meta,
+    random_sd_parts,
+)
 from raydistill.runtime.settings import BUILTIN_TEACHERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,11 +65,27 @@ def test_random_teachers_have_the_published_numbers_of_parameters(
     assert denoiser.feature_shape == features
 
 
+def test_a_random_teachers_conditions_follow_from_the_captions() -> None:
+    xl = RandomSDPipeline("random:sdxl:256", weights="none")
+    assert xl.image_size == 256
+    cond = xl.encode_text(["a cat", "a dog", "a cat"]).tensors
+    assert torch.equal(cond["text"][0], cond["text"][2])
+    assert not torch.equal(cond["text"][0], cond["text"][1])
+    assert cond["time_ids"].tolist() == [[256, 256, 0, 0, 256, 256]] * 3
+    null = xl.null_cond(2).tensors
+    assert not null["text"].any()
+    assert not null["pooled"].any()
+    assert torch.equal(null["time_ids"], cond["time_ids"][:2])
+    sd = RandomSDPipeline("random:sd15", weights="none")
+    assert sd.null_cond(2).tensors["text"].any()  # SD1.5's is the empty prompt
+    assert sd.fingerprint != RandomSDPipeline("random:sd15:128", weights="none").fingerprint
+
+
 def test_a_random_teachers_images_may_be_smaller_and_wrong_names_are_refused() -> None:
     assert random_sd_on_meta("random:sd15:128")[0].sample_shape == (4, 16, 16)
     assert random_sd_on_meta("random:sdxl:256")[0].feature_shape == (1280, 8, 8)
     assert not is_random_sd("random:edm-cifar10")
-    for path in ("random:sd15:100", "random:sdxl:", "random:sdxl:0", "random:sd15-x"):
+    for path in ("random:sd15:100", "random:sdxl:", "random:sdxl:0", "random:sd15-x", "random:sd3"):
         with pytest.raises(ConfigError, match=rf"teacher\.path='{path}'"):
             random_sd_on_meta(path)
 

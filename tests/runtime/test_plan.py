@@ -116,8 +116,11 @@ def test_an_instant_critics_tangent_costs_what_the_plan_says_though_hooks_see_on
     assert passes == pytest.approx(expected.work.critic_answer, rel=0.03)
 
 
-def test_bytes_of_weights_gradients_optimiser_and_ema_are_those_of_the_real_tensors() -> None:
-    config = tiny_config()
+@pytest.mark.parametrize(("moments", "num_bytes"), [("fp32", 8), ("bf16", 4)])
+def test_bytes_of_weights_gradients_optimiser_and_ema_are_those_of_the_real_tensors(
+    moments: str, num_bytes: int
+) -> None:
+    config = tiny_config(generator={"moments": moments}, critic={"moments": moments})
     trainer = tiny_trainer(config)
     trainer.window()
     roles = planned(config).bytes_by_role
@@ -130,11 +133,12 @@ def test_bytes_of_weights_gradients_optimiser_and_ema_are_those_of_the_real_tens
         ("critic", trainer.critic, trainer.critic.critic),
     ):
         assert size(net.parameters()) == roles[role].weights == roles[role].gradients
-        moments = [
-            t for state in owner.optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1
+        of_adam = [
+            state[name]
+            for state in owner.optimizer.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
         ]
-        biases = sum(p.numel() == 1 for p in net.parameters())  # their moments look like step counters
-        assert size(moments) + 8 * biases == roles[role].optimizer
+        assert size(of_adam) == roles[role].optimizer == num_bytes * sum(p.numel() for p in net.parameters())
     assert size(trainer.generator.ema.weights().values()) == roles["generator"].ema  # type: ignore[union-attr]
     assert size(trainer.pipeline.denoiser.parameters()) == roles["teacher"].weights
     assert roles["critic"].activations > roles["generator"].activations > 0
