@@ -27,7 +27,7 @@ tools: $(STAMP)
 	-dashboards/get_prometheus $(VENV)/prometheus
 
 test: $(STAMP) tools
-	$(VENV)/bin/python -m pytest -n 3 --maxschedchunk 1
+	$(VENV)/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

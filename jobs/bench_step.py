@@ -14,6 +14,7 @@ samples per second, peak memory beside the plan's, and the median seconds of eac
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -70,7 +71,10 @@ def parse() -> argparse.Namespace:
         "--batch", type=int, help="samples of an update (scenes 64, edm16 16, edm32 16, the job's own)"
     )
     parser.add_argument(
-        "--updates", type=int, default=5, help="measured updates after one to warm up (%(default)s)"
+        "--updates",
+        type=int,
+        default=5,
+        help="measured updates after one to warm up (%(default)s); 0: the cold one alone, for its memory",
     )
     parser.add_argument(
         "--ratio", type=int, help="R, critic updates per generator update (5, or the job's own)"
@@ -110,7 +114,16 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     config = job_config(arguments) if arguments.job else size_config(arguments, size)
-    pipeline, meta, shapes = job_networks(config) if arguments.job else networks(size)
+    if arguments.job:
+        # what the libraries and their imports take is there before the networks are
+        meta, shapes = job_meta(config)
+        planned = plan_for(config, meta, shapes)
+        baseline = reset_peak_gib(device)
+        pipeline = job_pipeline(config)
+    else:
+        pipeline, meta, shapes = networks(size)
+        planned = plan_for(config, meta, shapes)
+        baseline = reset_peak_gib(device)
     batch, ratio = config.train.batch_size, config.method.critic_updates_per_generator
 
     def source(
@@ -128,35 +141,38 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         def scorer(self, pipeline: object) -> None:
             return None
 
-    baseline = peak_memory_gib(device)
     trainer = Trainer(config, BenchSession(), pipeline, source)  # type: ignore[arg-type]
+    reset_peak_gib(device)  # a teacher is loaded in fp32, whatever teacher.dtype
     networks_by_role = {
         "generator": trainer.generator.denoiser, "critic": trainer.critic.critic.denoiser, "teacher": pipeline.denoiser,
     }  # fmt: skip
-    counts = {role: Count(net.network) for role, net in networks_by_role.items()}
-    trainer.window()
-    for count in counts.values():
-        count.reset()
+    # passes through a network that several roles share can't be told apart by its layers
+    owners = [role for role in ("generator", "critic") if not getattr(config, role).lora]
+    owners += ["teacher"] * (len(owners) == 2)
+    counts = {role: Count(networks_by_role[role].network) for role in owners}
+    if arguments.updates:
+        trainer.window()
+        for count in counts.values():
+            count.reset()
     seconds = []
-    for _ in range(arguments.updates):
+    for _ in range(arguments.updates or 1):
         synchronise(device)
         started = time.perf_counter()
         trainer.window()
         synchronise(device)
         seconds.append(time.perf_counter() - started)
-    planned = plan_for(config, meta, shapes)
     median = statistics.median(seconds)
     equivalents = {
-        role: count.equivalents(planned.encoder_share) / batch / arguments.updates
+        role: count.equivalents(planned.encoder_share) / batch / len(seconds)
         for role, count in counts.items()
     }
     peak = peak_memory_gib(device)
-    phases = role_times.measure(trainer, arguments.updates)
-    return {
+    phases = role_times.measure(trainer, arguments.updates) if arguments.updates else None
+    result = {
         "size": size,
         "batch_size": batch,
         "critic_updates_per_generator": ratio,
-        "parameters": parameter_count(pipeline.denoiser),
+        "parameters": parameter_count(meta),
         "dtype": config.train.dtype,
         "device": torch.cuda.get_device_name()
         if arguments.gpu
@@ -169,7 +185,8 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         "peak_gib": peak - (0.0 if arguments.gpu else baseline),
         "peak_gib_planned": planned.total_bytes / GIB,
         "process_gib_before": baseline,
-    } | role_times.entry(phases, config, planned)
+    }
+    return result if phases is None else result | role_times.entry(phases, config, planned)
 
 
 def size_config(arguments: argparse.Namespace, size: str) -> Any:
@@ -214,7 +231,7 @@ def job_config(arguments: argparse.Namespace) -> Any:
             generator_updates=10**6,
         )
         ratio = arguments.ratio or config.method.critic_updates_per_generator
-        gates = ("gan_start_update", "generator_rest_updates")
+        gates = ("gan_start_update", "generator_rest_updates", "regression_updates")
         from_the_first: dict[str, Any] = {name: 0 for name in gates if hasattr(config.method, name)}
         config = replace(
             config,
@@ -228,15 +245,39 @@ def job_config(arguments: argparse.Namespace) -> Any:
     return config
 
 
-def job_networks(config: Any) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
-    """`networks` of a job."""
+def job_meta(config: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A job's denoiser on the meta device, and the condition shapes of one sample."""
     from raydistill.errors import RayDistillError
-    from raydistill.runtime.build import build_pipeline, denoiser_on_meta
+    from raydistill.runtime.build import denoiser_on_meta
 
     try:
-        return build_pipeline(config), *denoiser_on_meta(config)
+        return denoiser_on_meta(config)
     except RayDistillError as error:
         sys.exit(f"bench_step: error: {error}")
+
+
+def job_pipeline(config: Any) -> Any:
+    from raydistill.errors import RayDistillError
+    from raydistill.runtime.build import build_pipeline
+
+    try:
+        return build_pipeline(config)
+    except RayDistillError as error:
+        sys.exit(f"bench_step: error: {error}")
+
+
+def reset_peak_gib(device: Any) -> float:
+    """Let the peak begin anew, where the system can (Linux), and return what this process holds now."""
+    import torch
+
+    from raydistill.runtime.trainer import peak_memory_gib
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_gib(device)
 
 
 class Count:
@@ -316,6 +357,8 @@ def show(result: dict[str, Any]) -> None:
     for role, counted in result["forward_equivalents"].items():
         planned = result["forward_equivalents_planned"][role]
         print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {planned:7.2f}")
+    if "role_seconds" not in result:
+        return
     print("  seconds of the phases, for the whole batch:")
     for phase, seconds in result["role_seconds"].items():
         print(f"  {phase:<18} {seconds:8.4f}")

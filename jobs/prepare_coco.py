@@ -1,4 +1,4 @@
-"""Turn a COCO-format folder into webdataset shards; run it again to go on where it stopped."""
+"""Turn captioned images or prompts into webdataset shards; run it again to go on where it stopped."""
 
 import argparse
 import logging
@@ -6,29 +6,73 @@ import sys
 import time
 from pathlib import Path
 
-from raydistill.data.prepare import prepare_coco
-from raydistill.errors import RayDistillError
+from raydistill.data.pairs import PairSource
+from raydistill.data.prepare import prepare
+from raydistill.data.prompts import PromptSource
+from raydistill.data.sources import CocoSource, Source
+from raydistill.errors import DataError, RayDistillError
 
 _DETAILS = """\
-The folder holds annotations/captions_SPLIT.json and the images in SPLIT/ or images/SPLIT/: COCO itself
-(train2014, val2017; `train` will do where one year is there) or anything written that way. The shards go to
---out with an index.json, written last, that the training reader needs. Upload the whole folder to read it
-from s3://.
+--coco: annotations/captions_SPLIT.json and the images in SPLIT/ or images/SPLIT/: COCO itself (train2014, val2017;
+`train` will do where one year is there) or anything written that way. --prompts: .txt with a prompt a line, or .jsonl
+with `caption`, `prompt` or `text` in each object; streamed, so millions will do; without images, for methods that need
+none. --pairs: tars of KEY.jpg with KEY.txt or KEY.json as img2dataset writes LAION's; a folder or a glob, local or
+s3://. The shards go to --out, a folder or s3://bucket/prefix, with an index.json, written last, that the training
+reader needs. Credentials for s3:// come from the environment or ~/.aws.
 
 examples:
   python jobs/prepare_coco.py --coco /data/coco --split train2017 --out /data/coco-512 --image-size 512 \\
-      --encode /models/stable-diffusion-v1-5
-  python jobs/prepare_coco.py --coco /data/coco --split val2017 --out /tmp/try --image-size 64 --limit 100
+      --encode /models/stable-diffusion-v1-5 --workers 8
+  python jobs/prepare_coco.py --prompts prompts.txt --out s3://bucket/prompts --encode /models/stable-diffusion-v1-5
+  python jobs/prepare_coco.py --pairs 's3://bucket/laion/*.tar' --out s3://bucket/laion-512 --image-size 512 \\
+      --max-rejected-share 0.02
 """
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """What is to be prepared. Raises DataError."""
+    for name in ("samples_per_shard", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.prompts:
+        return PromptSource(args.prompts, args.samples_per_shard, args.limit)
+    if args.pairs:
+        if args.limit:
+            raise DataError("--limit is not for --pairs: name fewer tars by a glob")
+        return PairSource(absolute(args.pairs), args.endpoint_url)
+    return CocoSource(absolute(args.coco), args.split, args.samples_per_shard, args.limit)
+
+
+def absolute(path: str) -> str:
+    """A local path from here on, for processes that run elsewhere."""
+    return path if "://" in path else str(Path(path).absolute())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_DETAILS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--coco", required=True, metavar="ROOT", help="folder in COCO's layout")
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--coco", metavar="ROOT", help="folder in COCO's layout")
+    sources.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl file of prompts")
+    sources.add_argument(
+        "--pairs", metavar="TARS", help="image-text tars: a folder or a glob, local or s3://"
+    )
     parser.add_argument("--split", default="train", help="split to read (default: %(default)s)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the shards; local")
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder for the shards, or s3://bucket/prefix"
+    )
+    parser.add_argument(
+        "--endpoint-url", metavar="URL", help="address of an S3 service other than AWS, http://127.0.0.1:9000"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that write shards, under Ray (default: this one)",
+    )
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -82,17 +126,24 @@ def main() -> int:
 
             pipeline = load_pipeline(args.encode)
             encoder, image_size = PipelineEncoder(pipeline, args.device), pipeline.image_size
-        index = prepare_coco(
-            args.coco,
-            args.split,
+        elsewhere = None
+        if args.workers:
+            # Ray takes seconds to import
+            from raydistill.runtime.prepare_pool import on_ray
+
+            # a hub id is no folder here
+            teacher = absolute(args.encode) if args.encode and Path(args.encode).exists() else args.encode
+            elsewhere = on_ray(args.workers, teacher, args.device)
+        index = prepare(
+            source_of(args),
             args.out,
-            samples_per_shard=args.samples_per_shard,
             encoder=encoder,
+            elsewhere=elsewhere,
             image_size=args.image_size or image_size,
-            limit=args.limit,
             array_dtype=args.array_dtype,
             batch_size=args.batch_size,
             max_rejected_share=args.max_rejected_share,
+            endpoint_url=args.endpoint_url,
         )
     except RayDistillError as error:
         print(f"raydistill: error: {error}", file=sys.stderr)
@@ -103,7 +154,7 @@ def main() -> int:
         f"{index.num_samples} samples in {len(index.shards)} shards, {size / 2**20:.1f} MiB, left out: "
         f"{left_out or 'none'}; {time.monotonic() - started:.1f} s"
     )
-    print(f"data.shards={Path(args.out).absolute()}")
+    print(f"data.shards={absolute(args.out)}")
     return 0
 
 

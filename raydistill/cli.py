@@ -18,9 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from raydistill.errors import ConfigError, RayDistillError
+from raydistill.errors import ConfigError, PlacementError, RayDistillError
 
 if TYPE_CHECKING:
+    from raydistill.runtime.placements import PlacementPlan
+    from raydistill.runtime.plan import Plan
     from raydistill.runtime.settings import RunConfig
     from raydistill.sweep.config import SweepConfig
 
@@ -276,6 +278,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from raydistill.runtime.fitting import remedy
     from raydistill.runtime.placements import compare, network, table
     from raydistill.runtime.plan import plan
     from raydistill.runtime.role_times import read
@@ -293,13 +296,45 @@ def _plan(arguments: argparse.Namespace) -> int:
     times = read(arguments.role_times, config, planned, job) if arguments.role_times else None
     net = network(arguments.latency_us, arguments.gbit_per_s, times)
     print(planned.table())
-    found = [
-        (number, compare(config, planned, number, of_them, times, net))
-        for number, of_them in zip(devices, teachers * (len(devices) // len(teachers)), strict=True)
-    ]
+    pairs = list(zip(devices, teachers * (len(devices) // len(teachers)), strict=True))
+    found = [(number, compare(config, planned, number, of_them, times, net)) for number, of_them in pairs]
     print(f"\non {', '.join(map(str, devices))} devices:")
-    print(table(config, found, arguments.device_gib or config.placement.device_gib, times, net))
+    limit = arguments.device_gib or config.placement.device_gib
+    try:
+        print(table(config, found, limit, times, net))
+    except PlacementError as error:
+        if limit is None:
+            raise
+        raise PlacementError(f"{error}; {remedy(config, pairs, limit)}") from None
+    if limit is not None:
+        for (number, of_them), (_, row) in zip(pairs, found, strict=True):
+            print(_micro_batch(config, planned, number, of_them, row, limit))
     return 0
+
+
+def _micro_batch(
+    config: "RunConfig",
+    planned: "Plan",
+    devices: int,
+    teachers: int,
+    row: "list[PlacementPlan]",
+    limit: float,
+) -> str:
+    from raydistill.runtime.fitting import largest_micro_batch
+    from raydistill.runtime.placements import suggested
+    from raydistill.runtime.plan import GIB
+
+    try:
+        chosen = suggested(row, limit)
+    except PlacementError:
+        return f"micro-batch on {devices} devices: none fits"
+    fitting = largest_micro_batch(config, planned, chosen, teachers, limit)
+    if fitting is None:
+        return f"micro-batch on {devices} devices: none fits"
+    return (
+        f"micro-batch on {devices} devices: train.micro_batch_size={fitting.micro_batch_size} at most, "
+        f"{fitting.fullest_bytes / GIB:.2f} of {limit:g} GiB"
+    )
 
 
 def _positive(text: str) -> int:
@@ -347,7 +382,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from raydistill.runtime.commands import export, export_difference
 
     chosen = {"step": arguments.step, "weights": arguments.weights}
-    print(export(arguments.run, arguments.out, **chosen))
+    more = {"single_file": arguments.single_file, "push_to": arguments.push_to}
+    print(export(arguments.run, arguments.out, **chosen, **more))
+    if arguments.single_file:
+        print(arguments.single_file)
+    if arguments.push_to:
+        print(f"pushed to {arguments.push_to}")
     if arguments.check:
         difference = export_difference(arguments.run, arguments.out, prompts=arguments.check, **chosen)
         print(f"maximum difference of the folder's images from the run's own, of 1: {difference:.1e}")
@@ -532,6 +572,11 @@ def _parser() -> argparse.ArgumentParser:
         "run's own"
     )
     export.add_argument("--check", nargs="+", metavar="PROMPT", help=check)
+    single = "also write the generator alone as one safetensors file, by diffusers' names of a UNet's weights"
+    export.add_argument("--single-file", metavar="FILE", help=single)
+    export.add_argument(
+        "--push-to", metavar="HUB_ID", help="also upload the folder as a private model of the Hub (HF_TOKEN)"
+    )
 
     report = add("report", _report, "compare runs on one HTML page", _REPORT)
     sources = "folder of a run or of a sweep, or the id of an MLflow run (a parent's: its children)"
@@ -628,6 +673,8 @@ moves between them, how long an update takes and who waits.
 
   raydistill plan jobs/dmd2_coco.py --devices 16 --teachers 4 --device-gib 80
 
+With --device-gib also the largest micro-batch that fits, or where nothing fits the settings with which something would.
+
 In seconds, with times measured on one such device and a network:
 
   python jobs/bench_step.py --job jobs/dmd2_coco.py --out step.json
@@ -647,7 +694,8 @@ By a paper's protocol, with NVIDIA's detector file in this folder:
 
   raydistill evaluate runs/sid_cifar10 evaluator.protocol=edm-cifar10-50k evaluator.reference=cifar10-32x32.npz"""
 _EXPORT = """\
-Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER).
+Of a diffusers teacher: diffusers loads the folder, DiffusionPipeline.from_pretrained(FOLDER); its README.md says with
+which steps, from which recipe, with which figures of which protocol.
 Of a class-conditional one: edm.json and model.safetensors, which teacher.path takes."""
 _REPORT = """\
 One file that opens from the disk, without network or scripts: the evaluator's figures against updates, images and

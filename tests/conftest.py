@@ -1,13 +1,22 @@
 """Loaded before any test, and before torch."""
 
 import os
+from typing import Any
 
 import pytest
 
 # pytest-xdist's processes, and Ray's, share the cores; one thread each, or OpenMP's barriers wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = {"test_run.py": 0, "test_sweep.py": 1, "test_live.py": 2}
+LONGEST = {
+    "test_run.py": 0,
+    "test_sweep.py": 1,
+    "test_pool.py": 2,
+    "test_live.py": 3,
+    "test_local_cluster.py": 4,
+}
+# tests of minutes, which start what they need themselves
+APART = ("test_run.py", "test_sweep.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,3 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     the end."""
     slow = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: (LONGEST.get(item.path.name, len(LONGEST)), item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A module's tests run in one process, which starts its cluster, browser or server once; those APART one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::")[0]
+            return nodeid if module.endswith(APART) else module
+
+    return Modules(config, log) if config.getvalue("dist") == "loadscope" else None

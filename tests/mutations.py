@@ -42,6 +42,7 @@ SID = ("tests/methods/test_sid.py",)
 MOMENT = ("tests/methods/test_moment_matching.py",)
 INSTANT = ("tests/roles/test_instant_critic.py",)
 ROLES = ("tests/roles/test_gradients.py",)
+LORA = ("tests/models/test_lora.py",)
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,27 @@ MUTATIONS = [
             "instant: gradients of one update left for the next",
             "        self.optimizer.zero_grad(set_to_none=True)\n        return values",
             "        return values",
+        ),
+    ),
+    *_of(
+        "models/lora.py",
+        LORA,
+        (
+            "lora: recomputed without its adapter",
+            "checkpoint_activations(self._as_now)",
+            "checkpoint_activations()",
+        ),
+        (
+            "lora: only the newest adapter is trained",
+            "for each in self._adapters:",
+            "for each in self._adapters[-1:]:",
+        ),
+        ("lora: left on after a call", "= before, before_dtype", "= active, before_dtype"),
+        ("lora: merged without its scale", "weight + (scale * change)", "weight + change"),
+        (
+            "lora: drawn in the base's precision",
+            "layer.reset_lora_parameters(name, True)",
+            "pass",
         ),
     ),
     *_of(

@@ -18,18 +18,20 @@ SPINE = ("errors", "diffusion", "models", "methods", "roles", "runtime", "report
 # Beside the spine: these import errors and diffusion; roles and what follows import them.
 BESIDE = ("data", "eval", "checkpoint", "tracking")
 # These import errors only, and anyone may import them.
-LEAVES = ("config", "torchvision_ops")
+LEAVES = ("config", "object_store", "torchvision_ops")
 # One file across the table: the words that captions and the scorer of captions share.
 EXCEPTIONS = {("raydistill/data/scenes.py", "raydistill.eval.features")}
 
 DOORS = {
     "diffusers": ("raydistill/models/diffusers_hub.py", "jobs/train_teacher.py"),
     "transformers": ("raydistill/models/diffusers_hub.py", "jobs/train_teacher.py"),
+    "peft": ("raydistill/models/lora.py",),
     "mlflow": ("raydistill/tracking/",),
     "webdataset": ("raydistill/data/",),
-    "s3fs": ("raydistill/data/",),
+    "s3fs": ("raydistill/object_store.py",),
     "sklearn": ("raydistill/data/",),
-    "fsspec": ("raydistill/data/", "raydistill/checkpoint/"),
+    "fsspec": ("raydistill/object_store.py", "raydistill/checkpoint/folders.py"),
+    "botocore": ("raydistill/object_store.py",),
     "cleanfid": ("raydistill/eval/",),
     # the benchmark measures Ray itself, with actors and ranks that do nothing
     "ray": ("raydistill/runtime/", "raydistill/sweep/", "jobs/bench_orchestration.py"),

@@ -10,8 +10,9 @@ A folder without a manifest is not a snapshot. Nothing is unpickled: tensors are
 JSON. The root is a local folder or any fsspec URL (`s3://bucket/run`, `memory://run`).
 """
 
+from raydistill.checkpoint.mirror import Mirror
 from raydistill.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from raydistill.checkpoint.snapshots import Snapshot, Snapshots
 from raydistill.checkpoint.tensor_file import prefixed, unprefixed
 
-__all__ = ["Snapshot", "Snapshots", "pack_optimizer", "prefixed", "unpack_optimizer", "unprefixed"]
+__all__ = ["Mirror", "Snapshot", "Snapshots", "pack_optimizer", "prefixed", "unpack_optimizer", "unprefixed"]

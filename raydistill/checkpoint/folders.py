@@ -9,10 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
-from raydistill.errors import CheckpointError, ConfigError
+from raydistill.errors import CheckpointError
+from raydistill.object_store import fault_of, open_store
 
 log = logging.getLogger(__name__)
+
+_SETTING = "checkpoint.uri"
+_PARTS = {"chunksize": 32 * 2**20, "max_concurrency": 4}
+"""Of an upload to S3: 128 MiB of memory at most."""
 
 
 class LocalFolder:
@@ -86,27 +92,25 @@ class RemoteFolder:
     An object store shows a file only once it is closed, so no temporary names are needed.
     """
 
-    def __init__(self, root: str) -> None:
-        import fsspec
-
+    def __init__(self, root: str, endpoint_url: str | None = None) -> None:
+        """Raises ConfigError for an unknown scheme, and for credentials in a URL."""
         self.root = root.rstrip("/")
-        try:
-            self._fs, self._base = fsspec.core.url_to_fs(self.root)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"output_dir {self.root!r} can't be opened: {error}") from error
+        self._fs, self._base = open_store(self.root, setting=_SETTING, endpoint_url=endpoint_url)
+        # s3fs would make a bucket that is missing; other stores need their folders
+        self._has_folders = urlsplit(root).scheme not in ("s3", "s3a")
 
     def _at(self, name: str) -> str:
         return f"{self._base}/{name}"
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _reached(self, doing: str = "read") -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # each store has its own classes (botocore's are not even OSErrors)
-            kind = type(error).__name__
-            raise CheckpointError(f"{self.root} can't be read (output_dir): {kind}: {error}") from error
+        except Exception as error:
+            fault = fault_of(error)
+            if fault is None or (isinstance(error, FileNotFoundError) and "bucket" not in fault.reason):
+                raise
+            raise CheckpointError(f"{self.root} can't be {doing} ({_SETTING}): {fault.reason}") from error
 
     def _list(self, path: str, kind: str) -> list[str]:
         # other processes write there too, so a listing that fsspec remembers is no answer
@@ -118,11 +122,18 @@ class RemoteFolder:
             return []
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind)
 
-    def folders(self) -> list[str]:
-        return self._list(self._base, "directory")
+    def folders(self, under: str = "") -> list[str]:
+        return self._list(f"{self._base}/{under}".rstrip("/"), "directory")
 
     def files(self, folder: str) -> list[str]:
         return self._list(self._at(folder), "file")
+
+    def files_below(self, folder: str) -> list[str]:
+        """Names of all files in a folder and its folders."""
+        self._fs.invalidate_cache()
+        with self._reached():
+            found = self._fs.find(self._at(folder))
+        return sorted(name.removeprefix(self._base).lstrip("/") for name in found)
 
     def exists(self, name: str) -> bool:
         self._fs.invalidate_cache()
@@ -138,24 +149,42 @@ class RemoteFolder:
 
     def write(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
         path = self._at(name)
-        try:
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with self._reached("written"):
+            self._make_room(path)
             with self._fs.open(path, "wb") as file:
                 fill(file)
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def upload(self, source: Path, name: str, told: Callable[[int], None] = lambda _: None) -> None:
+        """Send a local file; told: is given the bytes of each part that has arrived."""
+        from fsspec.callbacks import Callback
+
+        class Told(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                told(int(inc))
+
+        path = self._at(name)
+        with self._reached("written"):
+            self._make_room(path)
+            options = {} if self._has_folders else _PARTS
+            self._fs.put_file(str(source), path, callback=Told(), **options)
+
+    def download(self, name: str, target: Path) -> None:
+        """Fetch a file to a local path, to which nothing else points until it is whole."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        with self._reached():
+            self._fs.get_file(self._at(name), str(partial))
+        os.replace(partial, target)
 
     def remove(self, name: str) -> None:
         if self.exists(name):
-            with self._reached():
+            with self._reached("written"):
                 self._fs.rm(self._at(name), recursive=True)
 
     def rename(self, name: str, new: str) -> None:
         # object stores have no folders to rename, and s3fs fails on the empty name it takes for one
         names = self.files(name)
-        with self._reached():
+        with self._reached("written"):
             for file in names:
                 self._fs.cp_file(self._at(f"{name}/{file}"), self._at(f"{new}/{file}"))
         self.remove(name)
@@ -169,6 +198,10 @@ class RemoteFolder:
             with self._reached():
                 self._fs.get_file(f"{self._at(folder)}/{name}", f"{copy.name}/{name}")
         return Path(copy.name), copy
+
+    def _make_room(self, path: str) -> None:
+        if self._has_folders:
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

@@ -4,23 +4,31 @@ import errno
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from raydistill.checkpoint.folders import LocalFolder, RemoteFolder
+from raydistill.checkpoint.manifest import (
+    MANIFEST,
+    ROLE,
+    SCHEMA,
+    STEP_FOLDER,
+    folder_name,
+    parse_manifest,
+    to_json,
+    verify,
+)
 from raydistill.checkpoint.tensor_file import TensorFile, read_tensors
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.object_store import is_remote
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
-_ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -65,30 +73,35 @@ class Snapshots:
     written.
 
     Args:
-        root: local path or fsspec URL; created when first written to. Setting: `output_dir`.
+        root: local path or fsspec URL; created when first written to. Settings: `output_dir`, `checkpoint.uri`.
         keep: how many of the newest snapshots to keep, at least 1, beside protected ones. While one is being
             written there is one more. Setting: `checkpoint.keep`.
+        endpoint_url: of an S3 service other than AWS. Setting: `checkpoint.endpoint_url`.
     """
 
-    def __init__(self, root: str, keep: int) -> None:
+    def __init__(self, root: str, keep: int, endpoint_url: str | None = None) -> None:
         if keep < 1:
             raise ConfigError(
                 f"checkpoint.keep is {keep}; it must be at least 1, or no snapshot is left to resume from"
             )
         self.keep = keep
-        self._store: LocalFolder | RemoteFolder = RemoteFolder(root) if "://" in root else LocalFolder(root)
+        self._store: LocalFolder | RemoteFolder = (
+            RemoteFolder(root, endpoint_url) if is_remote(root) else LocalFolder(root)
+        )
         self.root = self._store.root
         self._protected: set[int] = set()
+        self._held: set[int] = set()
+        self._retiring = threading.Lock()
 
     def path(self, step: int) -> str:
         """Where the snapshot of `step` is or would be."""
-        return f"{self.root}/{_folder_name(step)}"
+        return f"{self.root}/{folder_name(step)}"
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending; their hashes are not checked."""
-        found = (_STEP_FOLDER.fullmatch(name) for name in self._store.folders())
+        found = (STEP_FOLDER.fullmatch(name) for name in self._store.folders())
         steps = sorted(int(match[1]) for match in found if match)
-        return [step for step in steps if self._store.exists(f"{_folder_name(step)}/{MANIFEST}")]
+        return [step for step in steps if self._store.exists(f"{folder_name(step)}/{MANIFEST}")]
 
     def protect(self, steps: set[int]) -> None:
         """Replace the set of steps that retention leaves alone, for instance the best one or one being
@@ -108,14 +121,14 @@ class Snapshots:
         can't be written; in that last case the whole unfinished snapshot is removed and older ones are
         untouched.
         """
-        if not _ROLE.fullmatch(role) or f"{role}.json" == MANIFEST:
+        if not ROLE.fullmatch(role) or f"{role}.json" == MANIFEST:
             raise CheckpointError(
                 f"role {role!r} can't name a file; use letters, digits, '-' and '_', not 'manifest'"
             )
-        folder, names = _folder_name(step), (f"{role}.safetensors", f"{role}.json")
+        folder, names = folder_name(step), (f"{role}.safetensors", f"{role}.json")
         tensors = TensorFile(weights, f"{self.path(step)}/{names[0]}")
         part: dict[str, Any] = {"schema": SCHEMA, "role": role, "state": state}
-        needed = tensors.num_bytes + len(_to_json(part, f"the state of {role!r} at step {step}"))
+        needed = tensors.num_bytes + len(to_json(part, f"the state of {role!r} at step {step}"))
         for name in names:
             if self._store.exists(f"{folder}/{name}"):
                 raise self._collision(step, name)
@@ -126,7 +139,7 @@ class Snapshots:
 
         try:
             self._store.write(f"{folder}/{names[0]}", write_weights)
-            text = _to_json(part, role)
+            text = to_json(part, role)
             self._store.write(f"{folder}/{names[1]}", lambda file: file.write(text))
         except FileExistsError as error:
             raise self._collision(step, names[0]) from error
@@ -140,7 +153,7 @@ class Snapshots:
 
     def has_part(self, step: int, role: str) -> bool:
         """Whether a role's part of the snapshot of `step` is written to its end."""
-        return self._store.exists(f"{_folder_name(step)}/{role}.json")
+        return self._store.exists(f"{folder_name(step)}/{role}.json")
 
     def commit(self, step: int, manifest: dict[str, Any], roles: Sequence[str] | None = None) -> int:
         """Make the parts written for `step` a snapshot, delete what is too old, and return the snapshot's
@@ -154,7 +167,7 @@ class Snapshots:
         Raises CheckpointError if a part is missing, if `manifest` is not JSON, or if the file can't be
         written.
         """
-        folder = _folder_name(step)
+        folder = folder_name(step)
         if self._store.exists(f"{folder}/{MANIFEST}"):
             raise CheckpointError(f"{self.path(step)} is committed already; a snapshot is never overwritten")
         files: dict[str, dict[str, Any]] = {}
@@ -178,14 +191,14 @@ class Snapshots:
                 "writes its part before the commit"
             )
         document = {"schema": SCHEMA, "step": step, "files": files, "manifest": manifest}
-        text = _to_json(document, f"the manifest of step {step}")
+        text = to_json(document, f"the manifest of step {step}")
         free = self._store.free_bytes()
         try:
             self._store.write(f"{folder}/{MANIFEST}", lambda file: file.write(text))
         except OSError as error:
             self._abandon(folder)
             raise self._cannot_write(step, MANIFEST, len(text), free, error) from error
-        self._retire()
+        self.retire()
         return sum(int(entry["bytes"]) for entry in files.values()) + len(text)
 
     def latest(self) -> Snapshot | None:
@@ -205,8 +218,8 @@ class Snapshots:
 
         Raises CheckpointError if it is not a manifest.
         """
-        name = f"{_folder_name(step)}/{MANIFEST}"
-        document = _parse_manifest(self._store.read(name), f"{self.root}/{name}", step)
+        name = f"{folder_name(step)}/{MANIFEST}"
+        document = parse_manifest(self._store.read(name), f"{self.root}/{name}", step)
         manifest: dict[str, Any] = document["manifest"]
         return manifest
 
@@ -215,17 +228,17 @@ class Snapshots:
 
         Raises CheckpointError if it is missing, incomplete, altered or unsafe to read.
         """
-        path, folder = self.path(step), _folder_name(step)
+        path, folder = self.path(step), folder_name(step)
         if not self._store.exists(f"{folder}/{MANIFEST}"):
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"no complete snapshot at {path}; complete steps under {self.root}: {there}"
             )
-        document = _parse_manifest(self._store.read(f"{folder}/{MANIFEST}"), f"{path}/{MANIFEST}", step)
+        document = parse_manifest(self._store.read(f"{folder}/{MANIFEST}"), f"{path}/{MANIFEST}", step)
         try:
             local, keep_alive = self._store.fetch(folder, document["files"])
             for name, entry in document["files"].items():
-                _verify(local / name, f"{path}/{name}", entry)
+                verify(local / name, f"{path}/{name}", entry)
         except OSError as error:
             raise CheckpointError(f"{path} can't be read: {error}") from error
         return Snapshot(step, path, document, local, keep_alive)
@@ -241,7 +254,7 @@ class Snapshots:
         complete = set(self.steps())
         good = self.latest()
         for name in self._store.folders():
-            match = _STEP_FOLDER.fullmatch(name)
+            match = STEP_FOLDER.fullmatch(name)
             if not match:
                 continue
             step = int(match[1])
@@ -258,12 +271,26 @@ class Snapshots:
             log.warning("%s", line)
         return done
 
-    def _retire(self) -> None:
+    @contextmanager
+    def hold(self, step: int) -> Iterator[bool]:
+        """While it is held, retention leaves the snapshot of `step` alone; False if there is none (any more)."""
+        with self._retiring:
+            self._held.add(step)
+        try:
+            yield self._store.exists(f"{folder_name(step)}/{MANIFEST}")
+        finally:
+            with self._retiring:
+                self._held.discard(step)
+
+    def retire(self) -> None:
+        """Delete what is too old, as every commit does."""
         for step in self.steps()[: -self.keep]:
-            if step not in self._protected:
+            with self._retiring:
+                if step in self._protected | self._held:
+                    continue
                 # the manifest goes first, so that a half-deleted folder does not look like a snapshot
-                self._store.remove(f"{_folder_name(step)}/{MANIFEST}")
-                self._store.remove(_folder_name(step))
+                self._store.remove(f"{folder_name(step)}/{MANIFEST}")
+            self._store.remove(folder_name(step))
 
     def _abandon(self, folder: str) -> None:
         try:
@@ -295,58 +322,5 @@ class Snapshots:
         )
 
 
-def _folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB"
-
-
-def _to_json(value: dict[str, Any], what: str) -> bytes:
-    try:
-        return json.dumps(value, indent=1, sort_keys=True).encode()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what} is not JSON: {error}") from error
-
-
-def _parse_manifest(data: bytes, name: str, step: int) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(data)
-        said = (document["schema"], document["step"])
-        sizes = {
-            file: (int(entry["bytes"]), str(entry["sha256"])) for file, entry in document["files"].items()
-        }
-        if not isinstance(document["manifest"], dict):
-            raise TypeError("its field 'manifest' is not an object")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name} is not a manifest: {type(error).__name__}: {error}") from error
-    if said != (SCHEMA, step):
-        raise CheckpointError(f"{name} says schema {said[0]}, step {said[1]}; expected {SCHEMA} and {step}")
-    for file in sizes:
-        role, dot, suffix = file.partition(".")
-        if not _ROLE.fullmatch(role) or dot + suffix not in (".safetensors", ".json") or file == MANIFEST:
-            raise CheckpointError(
-                f"{name} names {file!r}; only ROLE.safetensors and ROLE.json inside the folder are read, "
-                "nothing is "
-                "unpickled"
-            )
-        if not {f"{role}.safetensors", f"{role}.json"} <= sizes.keys():
-            raise CheckpointError(f"{name} has only half of the part {role!r}")
-    return document
-
-
-def _verify(path: Path, name: str, entry: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{name} is missing")
-    size = path.stat().st_size
-    if size != int(entry["bytes"]):
-        raise CheckpointError(f"{name} has {size} bytes; its manifest says {entry['bytes']}")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry["sha256"]:
-        raise CheckpointError(
-            f"{name} does not match its hash (sha256 {digest[:12]}..., manifest {entry['sha256'][:12]}...): "
-            "the file "
-            "was altered or the disk fails"
-        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from raydistill.errors import DataError
 log = logging.getLogger(__name__)
 
 _YEARS = ("", "2014", "2017")
+_LOOKED_FOR = 20
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,27 @@ def read_captions(files: CocoFiles) -> list[CocoImage]:
             captions[image_id].append((place, caption))
         else:
             empty += 1
+    _require_same_year(files, paths)
     if empty:
         log.warning("%s: %d captions are empty and were left out", source, empty)
     return [
         CocoImage(image_id, path, tuple(caption for _, caption in sorted(captions[image_id])))
         for image_id, path in sorted(paths.items())
     ]
+
+
+def _require_same_year(files: CocoFiles, paths: dict[int, Path]) -> None:
+    """Raise DataError if the images that lie there are others than those that the captions are of."""
+    some = [path for _, path in sorted(paths.items())[:_LOOKED_FOR]]
+    if any(path.is_file() for path in some):
+        return
+    others = next((entry.name for entry in os.scandir(files.images) if entry.is_file()), None)
+    if others is not None:
+        raise DataError(
+            f"{files.annotations} lists {some[0].name}, but {files.images} holds none of its first {len(some)} images "
+            f"(there is {others}): captions and images are of different COCO years or splits; see --split "
+            "(prepare.split)"
+        )
 
 
 def _paths(files: CocoFiles, images: Iterable[Any]) -> dict[int, Path]:

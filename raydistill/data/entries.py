@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raydistill.data.coco import CocoImage
 from raydistill.data.images import square, to_signed
+from raydistill.data.sources import Sample
 from raydistill.errors import DataError
 
 Shapes = dict[str, list[int] | None]
@@ -37,26 +37,28 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image with the file that a shard keeps of it; pixels are [H, W, 3] uint8."""
+    """A sample with the file that a shard keeps of its image; pixels are [H, W, 3] uint8, None without an image."""
 
-    image: CocoImage
+    sample: Sample
     suffix: str
     data: bytes
-    pixels: np.ndarray
+    pixels: np.ndarray | None
 
 
-def stored_picture(image: CocoImage, image_size: int | None) -> Picture:
+def stored_picture(sample: Sample, image_size: int | None) -> Picture:
     """The file as it is where it has the wanted size already, a PNG otherwise. Raises one of UNDECODABLE."""
-    data = image.path.read_bytes()
+    data = sample.image
+    if data is None:
+        return Picture(sample, "", b"", None)
     with Image.open(io.BytesIO(data)) as picture:
         has_size = image_size is None or picture.size == (image_size, image_size)
         if picture.format in ("JPEG", "PNG") and picture.mode == "RGB" and has_size:
-            return Picture(image, "jpg" if picture.format == "JPEG" else "png", data, np.array(picture))
+            return Picture(sample, "jpg" if picture.format == "JPEG" else "png", data, np.array(picture))
         changed = picture.convert("RGB") if image_size is None else square(picture, image_size)
     buffer = io.BytesIO()
     # lossless: a second JPEG compression would show in every figure that compares pixels
     changed.save(buffer, "PNG")
-    return Picture(image, "png", buffer.getvalue(), np.array(changed))
+    return Picture(sample, "png", buffer.getvalue(), np.array(changed))
 
 
 def entries(
@@ -68,16 +70,18 @@ def entries(
     """
     arrays = [{} for _ in pictures] if encoder is None else _encoded(pictures, encoder, array_dtype)
     for picture, named in zip(pictures, arrays, strict=True):
-        image = picture.image
-        height, width, channels = picture.pixels.shape
-        join_shape(shapes, "image", [channels, height, width])
-        about = {"captions": image.captions, "image_id": image.id, "file_name": image.path.name}
-        entry: dict[str, Any] = {"__key__": f"{image.id:012d}", picture.suffix: picture.data}
+        sample = picture.sample
+        entry: dict[str, Any] = {"__key__": sample.key}
+        if picture.pixels is not None:
+            height, width, channels = picture.pixels.shape
+            join_shape(shapes, "image", [channels, height, width])
+            entry[picture.suffix] = picture.data
+        about = {"captions": sample.captions, **sample.about}
         entry["json"] = json.dumps(about, ensure_ascii=False).encode()
         for name, array in named.items():
             if not np.isfinite(array).all():
                 raise DataError(
-                    f"the encoder's {name} of image id {image.id} is not finite as {array_dtype} "
+                    f"the encoder's {name} of {sample.where} is not finite as {array_dtype} "
                     "(--array-dtype float32 has a wider range)"
                 )
             join_shape(shapes, name, list(array.shape if name == "latent" else array.shape[1:]))
@@ -97,8 +101,9 @@ def join_shape(shapes: Shapes, name: str, shape: list[int] | None) -> None:
 
 
 def _encoded(pictures: Sequence[Picture], encoder: Encoder, array_dtype: str) -> list[dict[str, np.ndarray]]:
-    """Per picture its latent [C, h, w] and its captions' arrays [captions, ...]."""
-    if len({picture.pixels.shape for picture in pictures}) > 1:
+    """Per picture its latent [C, h, w], where it has pixels, and its captions' arrays [captions, ...]."""
+    pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
+    if len({each.shape for each in pixels}) > 1:
         raise DataError("images of different sizes can't be encoded together: give --image-size")
 
     def array(tensor: Tensor) -> np.ndarray:
@@ -106,14 +111,17 @@ def _encoded(pictures: Sequence[Picture], encoder: Encoder, array_dtype: str) ->
         with np.errstate(over="ignore"):
             return tensor.float().cpu().numpy().astype(array_dtype)
 
-    unique = list(dict.fromkeys(caption for picture in pictures for caption in picture.image.captions))
+    unique = list(dict.fromkeys(caption for picture in pictures for caption in picture.sample.captions))
     place = {caption: number for number, caption in enumerate(unique)}
     with torch.inference_mode():
-        latents = array(encoder.encode_images(to_signed(np.stack([picture.pixels for picture in pictures]))))
+        latents = array(encoder.encode_images(to_signed(np.stack(pixels)))) if pixels else None
         texts = {name: array(tensor) for name, tensor in encoder.encode_text(unique).items()}
     return [
-        {"latent": latents[number]}
-        | {name: rows[[place[caption] for caption in picture.image.captions]] for name, rows in texts.items()}
+        ({} if latents is None else {"latent": latents[number]})
+        | {
+            name: rows[[place[caption] for caption in picture.sample.captions]]
+            for name, rows in texts.items()
+        }
         for number, picture in enumerate(pictures)
     ]
 

@@ -25,6 +25,7 @@ from raydistill.data.shard_file import IMAGE_SUFFIXES, RejectedSample, ShardFile
 from raydistill.data.shards import Block, EpochPlan, ShardSet, plan
 from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError, DataError
+from raydistill.object_store import require_no_credentials
 
 __all__ = ["FIELDS", "Batch", "DataConfig", "ShardReader"]
 
@@ -65,11 +66,7 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
-        if self.endpoint_url and "@" in self.endpoint_url:
-            raise ConfigError(
-                "data.endpoint_url must not hold credentials, which would be written down with the settings; give "
-                "them by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws/credentials"
-            )
+        require_no_credentials(self.endpoint_url or "", "data.endpoint_url")
         if not 0 <= self.max_rejected_share < 1:
             raise ConfigError(f"data.max_rejected_share={self.max_rejected_share} must be in [0, 1)")
         if not self.timeout_s > 0:

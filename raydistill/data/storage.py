@@ -1,34 +1,27 @@
-"""How the bytes of a shard folder are reached: a local disk, or an object store through fsspec (s3://: s3fs).
+"""How the bytes of a shard folder are reached: a local disk, or an object store.
 
-Remote reads are retried with growing pauses. Credentials come from the environment or the machine's role,
-never from a URL or a setting, and are in no message.
+What a remote folder is asked again and again with growing pauses: an outage in mid-run may last `data.timeout_s`,
+at the start, where it is more likely a wrong address, half a minute.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
-import logging
 import os
-import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
-from raydistill.data.images import first_line
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import DataError
+from raydistill.object_store import StoreError, is_remote, open_store, with_retries
 
-log = logging.getLogger(__name__)
+__all__ = ["LocalFolder", "RemoteFolder", "is_remote"]
 
 T = TypeVar("T")
-_RETRIES = 4
+_ATTEMPTS = 7
+_ATTEMPTS_AT_A_HASH = 3
 _FIRST_PAUSE_S = 0.5
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url
 
 
 class LocalFolder:
@@ -80,33 +73,12 @@ class RemoteFolder:
 
         Raises ConfigError for a URL with credentials.
         """
-        if "@" in urlsplit(root).netloc:
-            raise ConfigError(
-                "data.shards has credentials in its URL; put them in the environment (AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY) and give the URL without them"
-            )
-        import fsspec
-
         self.root = root.rstrip("/")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        options: dict[str, Any] = {}
         self._timeout_s = timeout_s
-        self._transient: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError)
-        if urlsplit(root).scheme in ("s3", "s3a"):
-            from botocore.exceptions import BotoCoreError, ClientError
-
-            self._transient += (BotoCoreError, ClientError)
-            # Our own retries see every failure, so botocore's would only multiply the waiting.
-            config = {
-                "connect_timeout": min(10, timeout_s),
-                "read_timeout": min(60, timeout_s),
-                "retries": {"max_attempts": 0},
-            }
-            options = {"endpoint_url": endpoint_url, "config_kwargs": config, "use_listings_cache": False}
-        try:
-            self._fs, self._prefix = fsspec.core.url_to_fs(self.root, **options)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"data.shards={self.root!r}: {first_line(error)}") from error
+        self._fs, self._prefix = open_store(
+            root, setting="data.shards", endpoint_url=endpoint_url, timeout_s=timeout_s
+        )
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -129,7 +101,7 @@ class RemoteFolder:
     def shard(self, name: str, sha256: str) -> str | bytes:
         """A local file with the shard's bytes, or the bytes. Raises DataError on another hash."""
         if self.cache_dir is None:
-            return self._retry(self.path(name), lambda: self._checked(name, sha256))
+            return self._retry(self.path(name), lambda: self._checked(name, sha256), patient=True)
         file = self.cache_dir / f"{sha256}.tar"
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -137,7 +109,7 @@ class RemoteFolder:
             with open(self.cache_dir / f".{sha256}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not file.exists():
-                    data = self._retry(self.path(name), lambda: self._checked(name, sha256))
+                    data = self._retry(self.path(name), lambda: self._checked(name, sha256), patient=True)
                     partial = self.cache_dir / f".{sha256}.partial"
                     partial.write_bytes(data)
                     os.replace(partial, file)
@@ -146,39 +118,26 @@ class RemoteFolder:
         return str(file)
 
     def _checked(self, name: str, sha256: str) -> bytes:
-        data = bytes(self._fs.cat_file(f"{self._prefix}/{name}"))
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise OSError(f"its sha256 is {found[:12]}, index.json says {sha256[:12]}")
-        return data
+        found = ""
+        for _ in range(_ATTEMPTS_AT_A_HASH):
+            data = bytes(self._fs.cat_file(f"{self._prefix}/{name}"))
+            found = hashlib.sha256(data).hexdigest()
+            if found == sha256:
+                return data
+        raise DataError(
+            f"data.shards: {self.path(name)} has the sha256 {found[:12]}, index.json says {sha256[:12]}: it is "
+            "damaged or was replaced; copy or prepare it again"
+        )
 
-    def _retry(self, path: str, read: Callable[[], T]) -> T:
-        pause = _FIRST_PAUSE_S
-        started = time.monotonic()
-        for attempt in range(_RETRIES + 1):
-            try:
-                return read()
-            except (FileNotFoundError, PermissionError) as error:
-                raise DataError(f"data.shards: {path} {_why(error)}") from error
-            except self._transient as error:
-                if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                    raise DataError(
-                        f"data.shards: no credentials for {path}; set AWS_ACCESS_KEY_ID and "
-                        "AWS_SECRET_ACCESS_KEY"
-                    ) from error
-                if attempt == _RETRIES or time.monotonic() - started > self._timeout_s:
-                    raise DataError(
-                        f"data.shards: {path} can't be read after {attempt + 1} attempts: {_why(error)}"
-                    ) from error
-                log.warning("%s: %s; next attempt in %.1f s", path, _why(error), pause)
-                time.sleep(pause)
-                pause *= 2
-        raise AssertionError("unreachable")
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "is not there"
-    if isinstance(error, PermissionError):
-        return "may not be read with these credentials"
-    return f"{type(error).__name__}: {first_line(error)}"
+    def _retry(self, path: str, read: Callable[[], T], *, patient: bool = False) -> T:
+        try:
+            return with_retries(
+                read,
+                what=path,
+                first_pause_s=_FIRST_PAUSE_S,
+                attempts=None if patient else _ATTEMPTS,
+                timeout_s=self._timeout_s,
+            )
+        except StoreError as error:
+            times = f" after {error.attempts} attempts" if error.fault.passing else ""
+            raise DataError(f"data.shards: {path} can't be read{times}: {error}") from error

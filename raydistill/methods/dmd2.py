@@ -7,10 +7,13 @@ the GAN head h on the critic's bottleneck, R critic updates per generator update
                 L_G = 1/2 mse(x, sg(x - g)) + lambda_g softplus(-l(x_t'))            (eq. 4)
     critic      L_C = DSM of D_f on sg(x) + lambda_d [softplus(l(x_t)) + softplus(-l(x_real,t))]
 
-No regression loss; R > 1 (two time-scale update rule, section 4.2) makes up for it. Guidance acts on D_r only.
+R > 1 (two time-scale update rule, section 4.2) makes up for a regression loss. Guidance acts on D_r only.
 Few-step generators are trained on what they see at inference ("backward simulation", section 4.5): the generator is
 rolled out without gradient to a step index shared by the whole batch, its x0 is noised to that step's time again, and
 the output at that step is judged as a clean sample.
+A one-step generator that starts far below the teacher's last timestep (SDXL at t = 399) is first regressed onto the
+teacher's guided samples from the same noise: for `regression_updates`, L_G = mse(x, teacher's sample). The published
+warm-up compares decoded images by LPIPS on 10k stored pairs; here it is latents, and pairs are made as they are used.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, expand
+from raydistill.diffusion.schedules import EDMSchedule, NoiseSchedule, VPDiscreteSchedule, expand
 from raydistill.diffusion.times import DiscreteUniform, KarrasIndexUniform, TimeSampler
 from raydistill.errors import ConfigError
 from raydistill.methods.method import Losses, Method, MethodConfig, Needs, PhaseDraws, Query, RealBatch, Work
@@ -59,6 +62,11 @@ class DMD2Config(MethodConfig):
     """Lower end of the noise levels of the distribution-matching loss, as a share of the 1000 levels."""
     dm_max_level: float = 0.98
     """Upper end, likewise."""
+    regression_updates: int = 0
+    """Generator updates at the start that regress onto the teacher's samples from the same noise instead (one-step
+    SDXL: 2000). For one step only; gan_start_update=regression_updates gives them a learning rate of their own."""
+    regression_teacher_steps: int = 25
+    """Guided DDIM steps of those samples."""
     critic_weighting: Literal["published", "snr_plus_one"] = "published"
     """Weight of the critic's squared x0 error. published: EDM's for EDM schedules, for others the SNR (the eps error).
     snr_plus_one (the v error) also teaches the critic what only high noise levels show, such as how often each kind of
@@ -81,6 +89,16 @@ class DMD2Config(MethodConfig):
         for name in ("gan_weight_generator", "gan_weight_critic"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"method.{name}={getattr(self, name)} must not be negative")
+        if self.regression_updates < 0 or self.regression_teacher_steps < 1:
+            raise ConfigError(
+                f"method.regression_updates={self.regression_updates} must not be negative and "
+                f"method.regression_teacher_steps={self.regression_teacher_steps} at least 1"
+            )
+        if self.regression_updates and len(times) > 1:
+            raise ConfigError(
+                f"method.regression_updates={self.regression_updates} is for one step: method.timesteps={times} has "
+                f"{len(times)}"
+            )
         if (self.gan_weight_generator == 0) != (self.gan_weight_critic == 0):
             raise ConfigError(
                 "method.gan_weight_generator and method.gan_weight_critic must both be 0 (no GAN) or both be positive"
@@ -101,6 +119,11 @@ class DMD2(Method):
             raise ConfigError(
                 f"method.timesteps={config.timesteps} must lie within the teacher's schedule, "
                 f"{schedule.t_min} to {schedule.t_max}"
+            )
+        if config.regression_updates and not isinstance(schedule, VPDiscreteSchedule):
+            raise ConfigError(
+                f"method.regression_updates={config.regression_updates} samples the teacher by DDIM, which needs one "
+                "with discrete timesteps (teacher.path)"
             )
         self.starts_from_real = len(config.timesteps) > 1 and config.rollout == "real_data"
         self._gan = config.gan_weight_generator > 0
@@ -151,6 +174,14 @@ class DMD2(Method):
         return noise
 
     def queries(self, x: Tensor, cond: Cond, real: RealBatch | None, draws: PhaseDraws) -> dict[str, Query]:
+        if draws.step < self.config.regression_updates:
+            noise = draws.normal("rollout/noise", x.shape[1:])  # what the generator was given
+            start = torch.full((len(x),), self.schedule.t_max, device=x.device)
+            sample = Query(
+                network="teacher", want="sample", x_t=noise, t=start, cond=cond,
+                guidance_scale=self.guidance_scale, steps=self.config.regression_teacher_steps,
+            )  # fmt: skip
+            return {"sample": sample}
         t = draws.times("dm/t", self._dm_times)
         x_t = self.schedule.add_noise(x.detach(), t, draws.normal("dm/noise", x.shape[1:]))
         asked = {
@@ -168,6 +199,8 @@ class DMD2(Method):
     def generator_losses(
         self, x: Tensor, queries: Mapping[str, Query], answers: Mapping[str, Tensor]
     ) -> Losses:
+        if "sample" in answers:
+            return Losses({"regression": F.mse_loss(x, answers["sample"])})
         g = distribution_matching_gradient(x.detach(), answers["real"], answers["fake"])
         terms = {"dm": 0.5 * F.mse_loss(x, (x - g).detach())}
         scalars = {

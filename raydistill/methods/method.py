@@ -101,17 +101,19 @@ class Query:
     """One question to one network: a pure function of its fields, so it may be retried, re-routed and cached."""
 
     network: Literal["teacher", "critic"]
-    want: Literal["x0", "features", "logit", "logit_map", "tangent"]
+    want: Literal["x0", "features", "logit", "logit_map", "tangent", "sample"]
     """x0 [B, C, H, W]; bottleneck features [B, D, h, w]; the head's logit [B]; the mean of the features over their
     channels, a discriminator without weights of its own [B, h, w]; the change of x0 along an instant critic's direction
-    [B, C, H, W]."""
+    [B, C, H, W]; the network's own sample by DDIM from the noise x_t [B, C, H, W]."""
     x_t: Tensor
     """[B, C, H, W]; the answer is differentiable with respect to it exactly if it requires a gradient."""
     t: Tensor
     """[B], schedule units."""
     cond: Cond
     guidance_scale: float = 1.0
-    """Of x0, teacher's or critic's."""
+    """Of x0 and samples, teacher's or critic's."""
+    steps: int = 0
+    """Of a sample."""
 
 
 @dataclass(frozen=True)

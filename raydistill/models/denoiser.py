@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,6 +18,7 @@ from raydistill.diffusion.parametrization import Prediction
 from raydistill.diffusion.schedules import NoiseSchedule
 from raydistill.errors import ConfigError
 
+Again = Callable[[Callable[..., Any]], Callable[..., Any]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -86,8 +87,21 @@ class Denoiser(nn.Module, ABC):
         self.dtype = dtype
         return self
 
-    def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass. Raises ConfigError where the network can't."""
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """How the names of the layers end that adapters go into, by the setting `lora_targets`.
+
+        Raises ConfigError where that is not known.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no known places for adapters: generator.lora_rank, critic.lora_rank must be 0"
+        )
+
+    def checkpoint_activations(self, again: Again = lambda function: function) -> None:
+        """Recompute activations in the backward pass. Raises ConfigError where the network can't.
+
+        again: makes of each recomputed function, in the forward pass, what is called then and in the backward pass.
+        """
         raise ConfigError(
             f"train.activation_checkpointing=true: {type(self).__name__} can't recompute its activations"
         )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.diffusers_hub import import_diffusers, local_folder, read_json, scheduler_config
+from raydistill.models.random_sd import is_random_sd
+
+SINGLE_FILE = "unet/diffusion_pytorch_model.safetensors"
+"""The generator in an exported folder, however large."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers calls it."""
 
 
 def export_pipeline(
@@ -23,6 +33,7 @@ def export_pipeline(
     timesteps: Sequence[float],
     prediction: str = "auto",
     revision: str | None = None,
+    lora: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a diffusers folder that samples the generator in `len(timesteps)` steps.
 
@@ -30,32 +41,95 @@ def export_pipeline(
     generator's own: x0, then re-noise to the next time.
 
     weights: of `UNetDenoiser` (names begin with "unet."). timesteps: descending, as trained. prediction: as the
-    teacher was loaded with.
+    teacher was loaded with. lora: of a generator that was trained as one, by diffusers' names, written beside it for
+    the teacher's own pipeline: `load_lora_weights(out)`.
 
-    Raises ConfigError if the scheduler can't reproduce `timesteps`, CheckpointError if `out` can't be written.
+    Raises ConfigError if the scheduler can't reproduce `timesteps` or the teacher has no folder, CheckpointError if
+    `out` can't be written.
     """
+    require_exportable(teacher_path)
     folder = local_folder(teacher_path, revision)
     config = scheduler_config(teacher_path, prediction=prediction, revision=revision)
     scheduler = few_step_scheduler(config, timesteps)
     try:
         if out.exists():
             shutil.rmtree(out)
-        ignored = shutil.ignore_patterns("unet", "scheduler", "figures.json")
+        # of a hub's folder also its half-precision copies and its own card
+        ignored = shutil.ignore_patterns(
+            "unet", "scheduler", "figures.json", "README.md", "*.fp16.*", "*.non_ema.*"
+        )
         shutil.copytree(folder, out, ignore=ignored)
         model = import_diffusers().UNet2DConditionModel
         unet = model.from_config(model.load_config(folder / "unet"))
         unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
-        unet.save_pretrained(out / "unet", safe_serialization=True)
+        unet.save_pretrained(out / "unet", safe_serialization=True, max_shard_size="1000GB")  # one file
         mode = (out / "unet" / "config.json").stat().st_mode
         for file in (out / "unet").glob("*.safetensors"):
             file.chmod(mode)  # safetensors leaves them to their owner alone
         scheduler.save_pretrained(out / "scheduler")
         index = read_json(out / "model_index.json", teacher_path)
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        if lora is not None:
+            save_file(lora, out / LORA_FILE)
+            (out / LORA_FILE).chmod(mode)
         (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
     return out
+
+
+def require_exportable(teacher_path: str) -> None:
+    """Raise ConfigError for a teacher without a folder to copy tokenizers and autoencoder from."""
+    if is_random_sd(teacher_path):
+        raise ConfigError(
+            f"teacher.path={teacher_path!r} has random weights, for measuring: its generators are not exported"
+        )
+
+
+def write_single_file(weights: dict[str, Tensor], file: Path, about: dict[str, str]) -> Path:
+    """The generator alone as one safetensors file, by the names of diffusers' UNet2DConditionModel.
+
+    weights: of `UNetDenoiser`. about: the file's metadata. Raises CheckpointError if it can't be written.
+    """
+    plain = {name.removeprefix("unet."): tensor.contiguous() for name, tensor in weights.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(plain, file, metadata=about)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"can't write --single-file {file}: {error}") from error
+    return file
+
+
+def require_pushable(hub_id: str) -> None:
+    """Raise ConfigError unless `hub_id` is one and a token is at hand: before anything is written."""
+    from huggingface_hub import get_token
+
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ConfigError(f"--push-to {hub_id!r} must be of the form owner/name")
+    if not get_token():
+        raise ConfigError(
+            f"--push-to {hub_id} needs a token of the Hub: set HF_TOKEN, or run `hf auth login`"
+        )
+
+
+def push_folder(folder: Path, hub_id: str) -> str:
+    """Upload an exported folder as a private model of the Hub, which is made if it is not there; its address.
+
+    Raises ConfigError, naming the Hub's answer, if it can't be done.
+    """
+    from huggingface_hub import HfApi
+
+    require_pushable(hub_id)
+    api = HfApi()
+    try:
+        where = api.create_repo(hub_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Exported by raydistill")
+    except Exception as error:
+        # huggingface_hub passes on errors of whatever HTTP library it uses; messages may quote what was sent
+        raise ConfigError(
+            f"--push-to {hub_id}: the Hub could not take it ({type(error).__name__}); {folder} is written"
+        ) from None
+    return str(where)
 
 
 def exported_weights(folder: Path) -> dict[str, Tensor]:

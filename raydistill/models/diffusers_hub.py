@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raydistill.diffusion.parametrization import Prediction, to_x0
 from raydistill.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from raydistill.errors import ConfigError
-from raydistill.models.denoiser import DTYPES, Cond, Denoiser
+from raydistill.models.denoiser import DTYPES, Again, Cond, Denoiser
 from raydistill.models.pipeline import Pipeline, weights_fingerprint
 from raydistill.torchvision_ops import ensure_torchvision_importable
 
@@ -71,8 +72,19 @@ class UNetDenoiser(Denoiser):
     def import_libraries(cls) -> None:
         import_diffusers()
 
-    def checkpoint_activations(self) -> None:
-        self.unet.enable_gradient_checkpointing()
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """Attention's projections, or also those that LCM-LoRA (arXiv:2311.05556) and DMD2's SDXL LoRA adapt."""
+        attention = ("to_q", "to_k", "to_v", "to_out.0")
+        blocks = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
+        convolutions = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+        return {"attention": attention, "all": attention + blocks + convolutions}
+
+    def checkpoint_activations(self, again: Again = lambda function: function) -> None:
+        def run(module: nn.Module, *inputs: Any) -> Any:
+            return checkpoint(again(module), *inputs, use_reentrant=False)
+
+        self.unet.enable_gradient_checkpointing(run)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self._precision(x_t):

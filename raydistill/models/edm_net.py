@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from raydistill.diffusion.parametrization import EDMPreconditioner, Prediction
 from raydistill.diffusion.schedules import EDMSchedule, expand
 from raydistill.errors import ConfigError, DataError
-from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.denoiser import Again, Cond, Denoiser
 
 FAMILIES = ("ddpmpp", "adm")
 
@@ -139,8 +139,8 @@ class EDMNet(nn.Module):
     def __init__(self, config: EDMNetConfig):
         super().__init__()
         self.config = config
-        self.recompute = False
-        """Whether blocks recompute their activations in the backward pass."""
+        self.recompute: Again | None = None
+        """Not None: blocks recompute their activations in the backward pass, each as what this makes of it."""
         traits = _TRAITS[config.family]
         base, embedding = config.base_channels, config.base_channels * _EMBEDDING_MULT
 
@@ -217,7 +217,7 @@ class EDMNet(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False)
+            return checkpoint(self.recompute(block), x, embedding, use_reentrant=False)
         return block(x, embedding)
 
     def _embed(self, noise: Tensor, classes: Tensor) -> Tensor:
@@ -391,8 +391,14 @@ class EDMDenoiser(Denoiser):
         with self._precision(x_t):
             return self.net.features(*self._inputs(x_t, self.schedule.sigma(t), cond))
 
-    def checkpoint_activations(self) -> None:
-        self.net.recompute = True
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """Attention's projections, or also every block's convolutions and modulation."""
+        attention = ("qkv", "proj")
+        return {"attention": attention, "all": (*attention, "conv0", "conv1", "affine")}
+
+    def checkpoint_activations(self, again: Again = lambda function: function) -> None:
+        self.net.recompute = again
 
     def _inputs(self, x_t: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         c = self._preconditioner

@@ -27,8 +27,8 @@ COUNTERS = {
 }
 """The x-axes of the curves."""
 LOSSES = (
-    "loss/dm", "loss/sid", "loss/moment", "loss/gan_generator", "loss/dsm", "loss/teacher", "loss/gan_critic",
-    "critic/lag",
+    "loss/dm", "loss/sid", "loss/moment", "loss/regression", "loss/gan_generator", "loss/dsm", "loss/teacher",
+    "loss/gan_critic", "critic/lag",
 )  # fmt: skip
 """Shown beside the figures; totals are their sums."""
 SWEEP = "sweep.json"

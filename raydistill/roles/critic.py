@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import prefixed, unprefixed
+from raydistill.checkpoint import Snapshot, prefixed, unprefixed
 from raydistill.methods.method import Losses, Query
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import frozen_weights, state_for_saving
+from raydistill.models.pipeline import Pipeline
+from raydistill.roles.adapters import adapter_state, whole_weights
 from raydistill.roles.optimizer import OptimizerConfig, RoleOptimizer, mean_scalars
 from raydistill.roles.world import World
 
@@ -59,9 +62,16 @@ class CriticTrainer:
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
         tensors, state = self.optimizer.save()
+        state |= adapter_state(self.optimizer.config)
         return prefixed(state_for_saving(self.critic), "weights/") | tensors, state
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """What `save` returned."""
         self.critic.load_state_dict(unprefixed(tensors, "weights/"))
         self.optimizer.load(tensors, state)
+
+
+def critic_weights(snapshot: Snapshot, teacher: Callable[[], Pipeline]) -> dict[str, Tensor]:
+    """A snapshot's critic by the names of its denoiser, as `generator_weights`; its GAN head left out."""
+    tensors, state = snapshot.part("critic")
+    return whole_weights(snapshot, unprefixed(tensors, "weights/denoiser."), state, teacher)

@@ -19,7 +19,7 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import Snapshot, unprefixed
+from raydistill.checkpoint import Snapshot
 from raydistill.errors import ConfigError
 from raydistill.eval.detectors import ACCURACY, DetectorName
 from raydistill.eval.inception import FILE_NAME
@@ -29,6 +29,7 @@ from raydistill.eval.published import CAPTIONS, TOY, published
 from raydistill.eval.reference import batches_of
 from raydistill.methods.method import Method
 from raydistill.models.pipeline import Pipeline
+from raydistill.roles.critic import critic_weights
 from raydistill.roles.evaluation_samples import EvaluationSamples
 from raydistill.roles.evaluation_setup import set_up
 from raydistill.roles.generator import Weights, generator_weights
@@ -246,9 +247,9 @@ class Evaluator:
 
     def evaluate(self, snapshot: Snapshot, helpers: Helpers | None = None) -> Evaluation:
         """Figures and picture of a snapshot's generator."""
-        metrics = self.figures(generator_weights(snapshot, self.config.weights), helpers)
-        critic, _ = snapshot.part("critic")
-        self._critic.load_state_dict(unprefixed(critic, "weights/denoiser."))
+        weights = generator_weights(snapshot, self.config.weights, lambda: self.pipeline)
+        metrics = self.figures(weights, helpers)
+        self._critic.load_state_dict(critic_weights(snapshot, lambda: self.pipeline))
         picture = self.samples.picture(snapshot.step, self._critic, self.config.grid_images, self.config.seed)
         return Evaluation(metrics, described(self.protocol), picture)
 
@@ -290,7 +291,9 @@ class Evaluator:
         """A helper's share of a snapshot's samples, or (None) of the teacher's."""
         if snapshot is None:
             return self._part(self.samples.of_teacher, worker, workers)
-        self._generator.load_state_dict(generator_weights(snapshot, self.config.weights))
+        self._generator.load_state_dict(
+            generator_weights(snapshot, self.config.weights, lambda: self.pipeline)
+        )
         return self._part(self.samples.generated, worker, workers)
 
     def _part(self, generate: Callable[[list[int]], Tensor], worker: int, workers: int) -> Part:

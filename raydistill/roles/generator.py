@@ -15,6 +15,8 @@ from raydistill.diffusion.ema import EMA
 from raydistill.errors import ConfigError
 from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
+from raydistill.models.pipeline import Pipeline
+from raydistill.roles.adapters import SCALE, adapter_state, whole_weights
 from raydistill.roles.optimizer import AT_SAMPLES, OptimizerConfig, RoleOptimizer, mean_scalars
 from raydistill.roles.world import World
 
@@ -113,6 +115,7 @@ class GeneratorTrainer:
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON state) of a snapshot's part."""
         tensors, state = self.optimizer.save()
+        state |= adapter_state(self.optimizer.config)
         tensors |= prefixed(state_for_saving(self.denoiser), _PREFIX["raw"])
         if self.ema is not None:
             tensors |= prefixed(self.ema.weights(), _PREFIX["ema"])
@@ -137,7 +140,20 @@ def _with_std(values: dict[str, float]) -> dict[str, float]:
     return values | {"sample/std": math.sqrt(max(variance, 0.0))}
 
 
-def generator_weights(snapshot: Snapshot, weights: Weights) -> dict[str, Tensor]:
-    """A snapshot's generator by the names of its denoiser: as trained, or its EMA."""
-    tensors, _ = snapshot.part("generator")
-    return unprefixed(tensors, _PREFIX[weights])
+def generator_weights(
+    snapshot: Snapshot, weights: Weights, teacher: Callable[[], Pipeline]
+) -> dict[str, Tensor]:
+    """A snapshot's generator by the names of its denoiser, as trained or its EMA; an adapter merged into the teacher.
+
+    teacher: makes the pipeline as it is loaded, asked only where there is an adapter. Raises CheckpointError if the
+    adapter belongs to another one.
+    """
+    tensors, state = snapshot.part("generator")
+    return whole_weights(snapshot, unprefixed(tensors, _PREFIX[weights]), state, teacher)
+
+
+def generator_adapter(snapshot: Snapshot, weights: Weights) -> tuple[dict[str, Tensor], float] | None:
+    """A snapshot's generator as its adapter and the adapter's scale, None where it has none."""
+    tensors, state = snapshot.part("generator")
+    scale = state.get(SCALE)
+    return None if scale is None else (unprefixed(tensors, _PREFIX[weights]), scale)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from raydistill.checkpoint import pack_optimizer, prefixed, unpack_optimizer, unprefixed
 from raydistill.errors import ConfigError, TrainingError
+from raydistill.models.lora import Lora, LoraTargets
+from raydistill.roles.compact_adam import CompactAdamW
 from raydistill.roles.world import World
 
 
@@ -34,8 +36,27 @@ class OptimizerConfig:
     lr_schedule: Literal["constant", "linear"] = "constant"
     """After warm-up: constant, as DMD2 does, or falling linearly to 0 at the run's last step (train.generator_updates,
     which a resumed run then can't change)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Precision of Adam's moments; bf16, rounded stochastically, halves their memory and takes longer."""
     clip_norm: float | None = 10.0
     """Largest gradient norm; larger gradients are scaled down. none: never (SiD)."""
+    lora_rank: int = 0
+    """Rank r of low-rank adapters (LoRA, arXiv:2106.09685) that are trained instead of the network: generator and
+    critic that have them share one frozen network with the teacher, in teacher.dtype. DMD2's SDXL: 64. 0: all weights
+    are trained, in fp32."""
+    lora_alpha: float | None = None
+    """alpha: adapters count alpha / r times (DMD2's SDXL: 8, with lr 5e-5). none: alpha = r."""
+    lora_targets: LoraTargets = "attention"
+    """Layers that adapters go into: attention (its projections), or all (feed-forward layers and convolutions too, as
+    LCM-LoRA and DMD2's SDXL)."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter's shape, None where all weights are trained."""
+        if not self.lora_rank:
+            return None
+        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora_rank, float(alpha), self.lora_targets)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -72,14 +93,18 @@ class RoleOptimizer:
         self.steps = 0
         self.clipped_steps = 0
         self._weights = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self._weights,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=all(p.is_floating_point() for p in self._weights),
-        )
+        adam_w: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        self.optimizer: torch.optim.Optimizer
+        if config.moments == "bf16":
+            self.optimizer = CompactAdamW(self._weights, **adam_w)
+        else:
+            fused = all(p.is_floating_point() for p in self._weights)
+            self.optimizer = torch.optim.AdamW(self._weights, **adam_w, fused=fused)
 
     def lr(self, gan_stage: bool) -> float:
         base = (

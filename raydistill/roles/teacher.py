@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raydistill.diffusion.samplers import ddim, trailing_times
+from raydistill.diffusion.schedules import VPDiscreteSchedule
 from raydistill.methods.method import Query
 from raydistill.models.denoiser import Cond, Denoiser, denoise_guided
 
@@ -59,15 +61,26 @@ class TeacherScorer:
         return {}
 
     def answer(self, query: Query) -> Tensor:
-        """x0 [B, C, H, W] or bottleneck features [B, D, h, w] of the conditional half."""
+        """x0 or a sample [B, C, H, W], or bottleneck features [B, D, h, w] of the conditional half."""
         with torch.set_grad_enabled(query.x_t.requires_grad):
             if query.want == "features":
                 return self.denoiser.features(query.x_t, query.t, query.cond)
-            if query.want != "x0":
-                raise ValueError(f"the teacher answers x0 and features, not {query.want}")
+            if query.want not in ("x0", "sample"):
+                raise ValueError(f"the teacher answers x0, features and samples, not {query.want}")
             guided = self._null_cond is not None and query.guidance_scale != 1.0
             null = self._null_cond(len(query.x_t)) if guided and self._null_cond else None
-            return denoise_guided(self.denoiser, query.x_t, query.t, query.cond, null, query.guidance_scale)
+
+            def x0(x_t: Tensor, t: Tensor) -> Tensor:
+                return denoise_guided(self.denoiser, x_t, t, query.cond, null, query.guidance_scale)
+
+            return self._sample(query, x0) if query.want == "sample" else x0(query.x_t, query.t)
+
+    def _sample(self, query: Query, x0: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        schedule = self.denoiser.schedule
+        if not isinstance(schedule, VPDiscreteSchedule):
+            raise ValueError(f"samples are DDIM's, on discrete timesteps, not on {type(schedule).__name__}")
+        times = trailing_times(query.steps, schedule.num_train_timesteps)
+        return ddim(x0, schedule, [*times, schedule.t_clean], query.x_t)
 
 
 class KeptGraphs:

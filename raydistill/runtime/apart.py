@@ -149,7 +149,7 @@ class GeneratorRank(GeneratorSide):
     ):
         """world: the generator ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
-        self.build_generator()
+        self.build_generator(self.networks("generator"))
         self._wired = _Wired(config, session, ranks)
         self._sent = -1
         """The last update whose samples the critic has."""
@@ -283,7 +283,7 @@ class CriticRank(CriticSide):
     ):
         """world: the critic ranks. pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, world, pipeline, open_reader)
-        self.build_critic(adopt=True)
+        self.build_critic(self.networks("critic"))
         assert self.elsewhere is not None  # roles apart have their teacher in a pool
         self.teacher = self.elsewhere
         self._wired = _Wired(config, session, ranks)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from raydistill.models.critic import Critic
 from raydistill.models.denoiser import Cond, Denoiser
 from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline
 from raydistill.models.heads import BottleneckHead
+from raydistill.models.lora import SharedBase
 from raydistill.models.pipeline import Pipeline, trainable
+from raydistill.models.random_sd import RandomSDPipeline, is_random_sd, random_sd_on_meta
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.instant_critic import InstantCriticTrainer
@@ -33,6 +36,9 @@ def build_pipeline(config: RunConfig) -> Pipeline:
     if is_edm(teacher_folder(teacher)):
         _require_own_prediction(teacher)
         return load_edm_pipeline(teacher_folder(teacher))
+    if is_random_sd(teacher.path):
+        _require_own_prediction(teacher)
+        return RandomSDPipeline(teacher.path)
     return diffusers_hub.load_pipeline(
         teacher_folder(teacher), prediction=teacher.prediction, revision=teacher.revision
     )
@@ -48,14 +54,17 @@ def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, 
     if is_edm(path):
         _require_own_prediction(teacher)
         return edm_on_meta(path)
+    if is_random_sd(path):
+        _require_own_prediction(teacher)
+        return random_sd_on_meta(path)
     return diffusers_hub.denoiser_on_meta(path, teacher.prediction, teacher.revision)
 
 
 def _require_own_prediction(teacher: TeacherConfig) -> None:
     if teacher.prediction != "auto":
         raise ConfigError(
-            f"teacher.prediction={teacher.prediction}: what the EDM network teacher.path={teacher.path!r} predicts is "
-            "part of its preconditioning; it must be auto"
+            f"teacher.prediction={teacher.prediction}: what teacher.path={teacher.path!r} predicts is fixed; "
+            "it must be auto"
         )
 
 
@@ -88,6 +97,11 @@ def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:
             f"placement.max_staleness={config.placement.max_staleness} needs a method whose generator goes first; "
             f"method.kind={config.method.kind} lets its critic learn before it: it must be 0"
         )
+    if method.needs.instant_critic and config.critic.lora_rank:
+        raise ConfigError(
+            f"critic.lora_rank={config.critic.lora_rank}: the critic of method.variant=instant is the teacher itself, "
+            "none of its weights are trained; it must be 0"
+        )
     ever = method.gan_on(sys.maxsize)
     for role in ("generator", "critic"):
         lr = getattr(config, role).lr_gan_stage
@@ -108,14 +122,11 @@ def method_class(kind: str) -> type[Method]:
 def build_generator(
     config: RunConfig,
     method: Method,
-    pipeline: Pipeline,
     world: World,
-    device: torch.device,
-    *,
-    adopt: bool = False,
+    networks: Networks,
 ) -> GeneratorTrainer:
-    """The generator, a copy of the teacher; `adopt`: the pipeline's own network, where nobody else needs it."""
-    denoiser = _trainable(pipeline, config.train, device, adopt)
+    """The generator, which begins as the teacher."""
+    denoiser = networks.trained["generator"]
     # a linear learning rate ends with the run, also of a generator that rests
     updates = config.train.generator_updates
     steps = sum(not method.generator_rests(update) for update in range(updates))
@@ -128,16 +139,10 @@ def build_critic(
     pipeline: Pipeline,
     world: World,
     device: torch.device,
-    *,
-    teacher: Denoiser | None = None,
-    adopt: bool = False,
+    networks: Networks,
 ) -> CriticTrainer:
-    """The critic, a copy of the teacher, with a randomly initialised GAN head where the method has one.
-
-    teacher: where the head reads the teacher's features, if not from the pipeline's own network. adopt: take the
-    pipeline's own network, where nobody else needs it.
-    """
-    denoiser = _trainable(pipeline, config.train, device, adopt)
+    """The critic, which begins as the teacher, with a randomly initialised GAN head where the method has one."""
+    denoiser = networks.trained["critic"]
     head = None
     if method.needs.gan_head:
         channels, size, _ = denoiser.feature_shape
@@ -146,7 +151,7 @@ def build_critic(
                 config.seed
             )  # the head's weights must not depend on what ran before in the process
             head = BottleneckHead(channels, size).to(device)
-    source = None if method.needs.head_features == "critic" else teacher or pipeline.denoiser
+    source = None if method.needs.head_features == "critic" else networks.teacher
     steps = config.train.generator_updates * method.critic_updates_per_generator
     critic = Critic(denoiser, head, source, _null(pipeline, device))
     if method.needs.instant_critic:
@@ -155,8 +160,13 @@ def build_critic(
 
 
 def build_teacher(config: RunConfig, pipeline: Pipeline, device: torch.device) -> TeacherScorer:
-    """The teacher in this process; to be built last, since generator and critic begin as fp32 copies of it."""
-    return TeacherScorer(tuned_teacher(config, pipeline, device), _null(pipeline, device))
+    """The teacher on its own in this process."""
+    return scorer(pipeline, tuned_teacher(config, pipeline, device), device)
+
+
+def scorer(pipeline: Pipeline, teacher: Denoiser, device: torch.device) -> TeacherScorer:
+    """A teacher that answers queries in this process."""
+    return TeacherScorer(teacher, _null(pipeline, device))
 
 
 def _null(pipeline: Pipeline, device: torch.device) -> Callable[[int], Cond] | None:
@@ -169,6 +179,44 @@ def tuned_teacher(config: RunConfig, pipeline: Pipeline, device: torch.device) -
     pipeline.denoiser.cast(config.teacher.dtype).to(device)
     _tune(pipeline.denoiser, config.train)
     return pipeline.denoiser
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the roles of one process compute with."""
+
+    trained: dict[str, Denoiser]
+    teacher: Denoiser
+    """Its own network, or where it lives elsewhere, what asks it."""
+
+
+def build_networks(
+    config: RunConfig,
+    pipeline: Pipeline,
+    device: torch.device,
+    roles: Sequence[str],
+    elsewhere: Denoiser | None = None,
+) -> Networks:
+    """The trained roles of this process and their teacher; the pipeline's own network becomes one of them.
+
+    Roles with adapters share one frozen network, which is the teacher's too, unless it answers `elsewhere`. The others
+    have copies of their own, in fp32.
+    """
+    adapters = {role: lora for role in roles if (lora := getattr(config, role).lora)}
+    full = [role for role in roles if role not in adapters]
+    # copies are made before the network itself is cast, tuned or given adapters
+    owner = full[-1] if full and not adapters and elsewhere is not None else None
+    trained = {role: _trainable(pipeline, config.train, device, adopt=role == owner) for role in full}
+    if not adapters:
+        return Networks(trained, elsewhere or tuned_teacher(config, pipeline, device))
+    base = SharedBase(pipeline.denoiser.cast(config.teacher.dtype))
+    for role, lora in adapters.items():
+        trained[role] = base.add(role, lora, dtype=config.train.dtype, seed=config.seed)
+    if config.train.activation_checkpointing:
+        base.checkpoint_activations()
+    base.denoiser.to(device)
+    _tune(base.denoiser, config.train)
+    return Networks(trained, elsewhere or base.teacher())
 
 
 def _trainable(pipeline: Pipeline, train: TrainConfig, device: torch.device, adopt: bool) -> Denoiser:

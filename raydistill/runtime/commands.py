@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -18,14 +20,15 @@ from raydistill.eval.grids import grid_png
 from raydistill.eval.protocol import to_uint8
 from raydistill.eval.published import TOY
 from raydistill.models.denoiser import Denoiser
-from raydistill.models.diffusers_hub import import_diffusers
+from raydistill.models.diffusers_export import LORA_FILE, push_folder, require_pushable, write_single_file
+from raydistill.models.diffusers_hub import import_diffusers, local_folder
 from raydistill.models.edm_pipeline import is_edm, load_edm_pipeline
 from raydistill.models.pipeline import Pipeline
-from raydistill.roles.generator import Weights, generator_weights
+from raydistill.roles.generator import Weights, generator_adapter, generator_weights
 from raydistill.runtime.build import build_method, build_pipeline
 from raydistill.runtime.run import resolve
 from raydistill.runtime.services import build_evaluator, require_evaluation
-from raydistill.runtime.settings import RunConfig, config_from_dict
+from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder
 from raydistill.runtime.summary import EXPORT_FILE, export_snapshot, open_export
 from raydistill.tracking import download_model
 
@@ -62,7 +65,7 @@ def sample(
     """Draw `num_images` images for each prompt with a run's generator and write them as one PNG grid."""
     config, snapshot = open_run(run, step, weights)
     pipeline = build_pipeline(config)
-    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights))
+    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights, lambda: pipeline))
     rows = []
     for number, prompt in enumerate(prompts):
         positions = range(number * num_images, (number + 1) * num_images)
@@ -117,7 +120,9 @@ def evaluate(
         config, update, generator = open_export(Path(run))
     else:
         config, snapshot = open_run(run, step, weights)
-        update, generator = snapshot.step, generator_weights(snapshot, config.evaluator.weights)
+        teacher = partial(build_pipeline, config)
+        update = snapshot.step
+        generator = generator_weights(snapshot, config.evaluator.weights, teacher)
         step = weights = None
     if step is not None or weights is not None:
         raise ConfigError(f"{run} is one export of update {update}: leave --step and --weights out")
@@ -144,12 +149,44 @@ def _evaluated_by(config: RunConfig, settings: Sequence[str], num_samples: int |
     return replace(config, evaluator=replace(config.evaluator, protocol=shorter))
 
 
-def export(run: str, out: str, *, step: int | None = None, weights: Weights | None = None) -> Path:
-    """Write a run's generator as a diffusers folder. Raises ConfigError if `out` exists."""
+def export(
+    run: str,
+    out: str,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    single_file: str | None = None,
+    push_to: str | None = None,
+) -> Path:
+    """Write a run's generator as a diffusers folder, and where asked for as one file and to a hub id.
+
+    Raises ConfigError if `out` exists, the teacher is none of diffusers' where that is needed, or the Hub refuses.
+    """
+    if push_to is not None:
+        require_pushable(push_to)
     if Path(out).exists():
         raise ConfigError(f"{out} exists already; give a new folder")
     config, snapshot = open_run(run, step, weights)
-    return export_snapshot(config, snapshot, Path(out))
+    if single_file is not None and is_edm(teacher_folder(config.teacher)):
+        raise ConfigError(
+            f"--single-file {single_file} is for diffusers teachers; model.safetensors in {out} is one"
+        )
+    written = export_snapshot(config, snapshot, Path(out))
+    if single_file is not None:
+        method = build_method(config, build_pipeline(config))
+        about = {
+            "base_model": config.teacher.path,
+            "timesteps": ",".join(f"{t:g}" for t in method.sampling_times),
+            "generator_update": str(snapshot.step),
+        }
+        write_single_file(
+            generator_weights(snapshot, config.evaluator.weights, partial(build_pipeline, config)),
+            Path(single_file),
+            about,
+        )
+    if push_to is not None:
+        push_folder(written, push_to)
+    return written
 
 
 @torch.no_grad()
@@ -163,13 +200,13 @@ def export_difference(
     seed: int = 0,
 ) -> float:
     """Largest difference between the images of an exported folder, in plain diffusers where it is one of its, and the
-    run's own.
+    run's own; where it holds a LoRA too, also those of the teacher with that.
 
     One image a prompt, values from 0 to 1, the same noise for both.
     """
     config, snapshot = open_run(run, step, weights)
     pipeline = build_pipeline(config)
-    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights))
+    pipeline.denoiser.load_state_dict(generator_weights(snapshot, config.evaluator.weights, lambda: pipeline))
     method, cond = build_method(config, pipeline), pipeline.encode_text(prompts)
     noise = Draws(seed).normal("sample/noise", 0, range(len(prompts)), pipeline.latent_shape)
 
@@ -183,13 +220,26 @@ def export_difference(
     expected = images(pipeline.denoiser)
     if is_edm(out):
         return float((images(load_edm_pipeline(out).denoiser) - expected).abs().max())
+    found = [out] if generator_adapter(snapshot, config.evaluator.weights) is None else [out, LORA_FILE]
+    difference = 0.0
+    for source in found:
+        base = str(local_folder(teacher_folder(config.teacher), config.teacher.revision))
+        loaded = _plain_diffusers(base if source == LORA_FILE else out)
+        if source == LORA_FILE:
+            loaded.load_lora_weights(out, weight_name=LORA_FILE)
+            loaded.scheduler = _plain_diffusers(out).scheduler
+        theirs = loaded(
+            list(prompts), num_inference_steps=len(method.sampling_times), guidance_scale=1.0,
+            latents=noise, generator=torch.Generator().manual_seed(seed), output_type="pt",
+        ).images  # fmt: skip
+        difference = max(difference, float((theirs - expected).abs().max()))
+    return difference
+
+
+def _plain_diffusers(folder: str) -> Any:
     with warnings.catch_warnings():
         # of steps_offset, which is what the teacher was trained with
         warnings.simplefilter("ignore", FutureWarning)
-        loaded = import_diffusers().DiffusionPipeline.from_pretrained(out)
+        loaded = import_diffusers().DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
-    theirs = loaded(
-        list(prompts), num_inference_steps=len(method.sampling_times), guidance_scale=1.0,
-        latents=noise, generator=torch.Generator().manual_seed(seed), output_type="pt",
-    ).images  # fmt: skip
-    return float((theirs - expected).abs().max())
+    return loaded

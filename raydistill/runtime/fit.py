@@ -15,8 +15,8 @@ from raydistill.runtime.settings import RunConfig
 log = logging.getLogger(__name__)
 
 _LOWER = (
-    "lower train.micro_batch_size, set train.activation_checkpointing=true or train.dtype=bf16, or move roles apart "
-    "(raydistill plan compares the placements)"
+    "lower train.micro_batch_size, set train.activation_checkpointing=true, train.dtype=bf16 or generator.moments=bf16 "
+    "and critic.moments=bf16, or move roles apart (raydistill plan --device-gib says what fits)"
 )
 
 

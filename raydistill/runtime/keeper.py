@@ -22,6 +22,7 @@ from raydistill.runtime.settings import (
     teacher_folder,
     without_secret_settings,
 )
+from raydistill.runtime.uploads import Uploads, open_mirror
 from raydistill.tracking import RunInput
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ class Keeper:
             if session.evaluator
             else None
         )
+        mirror = open_mirror(self.config, snapshots)
+        self.uploads = Uploads(mirror, self.config.checkpoint.retry_max_s) if mirror else None
         self._committing: int | None = None
         self._load = NodeLoad(session.device)
 
@@ -162,6 +165,7 @@ class Keeper:
         if step % self.config.train.log_every == 0 or step == self.config.train.generator_updates:
             values |= self.trainer.batches.counters() | self._load.sample()
             values |= self.queue.figures(step) if self.queue else {}
+            values |= self.uploads.figures(step) if self.uploads else {}
             self.session.tracker.metrics(values, step)
         figures = self.writer.finished()
         if figures:
@@ -191,6 +195,16 @@ class Keeper:
         if self.queue:
             self.queue.drain(self.trainer.progress.generator_updates)
 
+    def close(self) -> None:
+        """Wait for the copies of snapshots that are still to be made, for checkpoint.upload_wait_s at most."""
+        if self.uploads:
+            self.session.tracker.sync()
+            self.uploads.finish(self.config.checkpoint.upload_wait_s)
+            step = self.trainer.progress.generator_updates
+            self.session.tracker.metrics(
+                self.uploads.figures(step), step
+            )  # the dashboard's; the journal has the step
+
     def _save(self) -> None:
         step = self.trainer.progress.generator_updates
         if self._committing is not None:
@@ -210,6 +224,8 @@ class Keeper:
             return
         step, self._committing = self._committing, None
         self.session.tracker.metrics(figures, step)
+        if self.uploads:
+            self.uploads.changed()
         if self.queue and is_evaluated_step(self.config, step):
             self.queue.submit(step, must=self._must(step))
 

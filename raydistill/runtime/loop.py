@@ -91,6 +91,8 @@ def train(config: RunConfig, session: Session) -> Progress:
     session.world.barrier()  # no rank ends before the last snapshot is committed
     if keeper and trainer.progress.generator_updates >= total:
         keeper.drain()
+    if keeper:
+        keeper.close()
     return trainer.progress
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.runtime.build import method_class
-from raydistill.runtime.plan import GIB, ROLES_ON, Plan
+from raydistill.runtime.plan import GIB, ROLES_ON, Plan, RoleBytes, bytes_together
 from raydistill.runtime.role_times import RoleTimes
 from raydistill.runtime.settings import RunConfig
 from raydistill.runtime.simulate import Layout, Mode, Network, RoleSeconds, Sizes, simulate
@@ -127,15 +127,18 @@ def _placed(
     g, c = layout.generators, layout.critics or layout.generators
     ranks = {"generator": g, "critic": c}
 
-    def role_bytes(role: str) -> int:
+    def role_bytes(role: str) -> RoleBytes:
         of = roles[role]
         if role == "teacher":
-            return of.total
+            return of
         # the plan's activations are those of its own number of ranks
         share = 1.0 if config.train.micro_batch_size else plan.ranks[role] / ranks[role]
-        return of.total - of.activations + int(of.activations * share)
+        return replace(of, activations=int(of.activations * share))
 
-    held = {kind: sum(role_bytes(role) for role in on_it) for kind, on_it in ROLES_ON[layout.mode].items()}
+    held = {
+        kind: bytes_together([role_bytes(role) for role in on_it])
+        for kind, on_it in ROLES_ON[layout.mode].items()
+    }
     moved = sizes(config, plan)
     transfers = 2 * ((g - 1) * moved.generator_gradient + r * (c - 1) * moved.critic_gradient)
     if layout.mode == "disaggregated":

@@ -9,24 +9,32 @@ with weight gradients and 1 with input gradients only; encoder-only passes cost 
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.methods.method import Work
-from raydistill.models.denoiser import Cond, Denoiser
+from raydistill.models.denoiser import Cond, Denoiser, parameter_count
 from raydistill.models.edm_pipeline import is_edm
 from raydistill.models.heads import BottleneckHead
+from raydistill.models.lora import SharedBase
+from raydistill.roles.optimizer import OptimizerConfig
 from raydistill.runtime.build import denoiser_on_meta, method_for, require_guidable
 from raydistill.runtime.ranks import best_num_critic
 from raydistill.runtime.settings import RunConfig, teacher_folder
 from raydistill.runtime.simulate import Mode, RoleSeconds
 
+T = TypeVar("T")
+
 GIB = 2**30
+_MOMENT_BYTES = {"fp32": 8, "bf16": 4}
+"""Of Adam's two moments of a weight."""
 ROLES_ON: dict[Mode, dict[str, tuple[str, ...]]] = {
     "colocated": {"worker": ("teacher", "generator", "critic")},
     "teachers": {"worker": ("generator", "critic"), "teacher": ("teacher",)},
@@ -51,6 +59,13 @@ class RoleBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+def bytes_together(roles: Sequence[RoleBytes]) -> int:
+    """Of roles that share a process, at its peak: gradients are there for one of them at a time, each role's
+    optimiser step drops its own."""
+    gradients = [role.gradients for role in roles]
+    return sum(role.total for role in roles) - sum(gradients) + max(gradients)
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,14 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(role.total for role in self.bytes_by_role.values())
+        """Of all roles in one process, at its peak."""
+        return bytes_together(list(self.bytes_by_role.values()))
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """Of one device of each kind of the run's own placement."""
+        """Of one device of each kind of the run's own placement, at its peak."""
         return {
-            kind: sum(self.bytes_by_role[role].total for role in roles)
+            kind: bytes_together([self.bytes_by_role[role] for role in roles])
             for kind, roles in ROLES_ON[self.mode].items()
         }
 
@@ -106,7 +122,11 @@ class Plan:
             )
         for kind, num_bytes in self.device_bytes.items():
             held = ROLES_ON[self.mode][kind]
-            name = "together" if self.mode == "colocated" else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            name = (
+                "together (one role's gradients at a time)"
+                if self.mode == "colocated"
+                else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
+            )
             lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
@@ -132,6 +152,7 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     denoiser.network.train()
     if config.train.activation_checkpointing:
         denoiser.checkpoint_activations()
+    networks = _networks(config, denoiser)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, Cond]:
         cond = {name: torch.empty(samples, *shape, device="meta") for name, shape in cond_shapes.items()}
@@ -139,22 +160,32 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
         return x, torch.ones(samples, device="meta"), Cond(cond)
 
     one = inputs(1)
+    micro = config.train.micro_batch(max(1, config.placement.workers))
+    # one pass for both counts: on the meta device a big UNet's takes seconds
+    flops, measured = _flops(lambda: _saved_bytes(denoiser, lambda: denoiser(*inputs(micro))))
+    full = flops / micro
     with torch.no_grad():
-        full, half = _flops(lambda: denoiser(*one)), _flops(lambda: denoiser.features(*one))
+        half, _ = _flops(lambda: denoiser.features(*one))
     share = half / full
     method = method_for(config, denoiser.schedule)
     r = method.critic_updates_per_generator
-    backward = 3.0 if config.train.activation_checkpointing else 2.0
-    work = method.work(encoder_share=share, backward=backward, guided=config.teacher.guidance_scale != 1)
+    backward = {
+        # through a frozen base no gradients of weights are made; those of A and B are left out
+        role: (1.0 if getattr(config, role).lora else 2.0) + config.train.activation_checkpointing
+        for role in ("generator", "critic")
+    }
+    work = method.work(
+        encoder_share=share, backward=backward["critic"], guided=config.teacher.guidance_scale != 1
+    )
     batches = r + method.critic_first  # of samples in a window
     forwards = {
-        "generator": backward + batches * (1 + work.rollout),
+        "generator": backward["generator"] + batches * (1 + work.rollout),
         "critic": work.critic_answer + r * work.critic_update,
         "teacher": work.teacher_answer + r * work.teacher_for_critic,
     }
 
     seconds = RoleSeconds(
-        generator_update=backward,
+        generator_update=backward["generator"],
         sample=1 + work.rollout,
         critic_answer=work.critic_answer,
         critic_update=work.critic_update,
@@ -164,31 +195,27 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     ranks = _ranks(config, seconds, critic_first=method.critic_first)
 
     def saved_bytes(role: str) -> int:
-        micro = inputs(config.train.micro_batch(ranks[role]))
-        return _saved_bytes(lambda: denoiser(*micro)) * (2 if config.train.dtype == "bf16" else 4) // 4
+        of_rank, network = config.train.micro_batch(ranks[role]), networks[role]
+        again = of_rank != micro or network is not denoiser
+        saved = _saved_bytes(network, lambda: network(*inputs(of_rank))) if again else measured
+        return saved * (2 if config.train.dtype == "bf16" else 4) // 4
 
     activations = saved_bytes("generator")
-    same = ranks["critic"] == ranks["generator"]
+    same = ranks["critic"] == ranks["generator"] and networks["critic"] is networks["generator"]
     critic_activations = activations if same else saved_bytes("critic")
     head = 0
     if method.needs.gan_head:
         channels, size, _ = denoiser.feature_shape
         with torch.device("meta"):
             head = sum(p.numel() for p in BottleneckHead(channels, size).parameters())
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    ema = 4 * parameters if config.generator.ema_halflife_images > 0 else 0
+    trained = {role: parameter_count(network) for role, network in networks.items()}
+    ema = 4 * trained["generator"] if config.generator.ema_halflife_images > 0 else 0
+    base = parameter_count(denoiser) * (2 if config.teacher.dtype == "bf16" else 4)
     roles = {
-        "teacher": RoleBytes(
-            weights=parameters * (2 if config.teacher.dtype == "bf16" else 4),
-            activations=int(activations * work.teacher_graphs),
-        ),
-        "generator": RoleBytes(4 * parameters, 4 * parameters, 8 * parameters, ema, activations),
-        "critic": RoleBytes(
-            4 * (parameters + head),
-            4 * (parameters + head),
-            8 * (parameters + head),
-            0,
-            int(critic_activations * work.critic_graphs),
+        "teacher": RoleBytes(weights=base, activations=int(activations * work.teacher_graphs)),
+        "generator": _trained_bytes(config.generator, trained["generator"], ema, activations),
+        "critic": _trained_bytes(
+            config.critic, trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)
         ),
     }
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
@@ -210,6 +237,22 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     )
 
 
+def _trained_bytes(config: OptimizerConfig, parameters: int, ema: int, activations: int) -> RoleBytes:
+    """Of fp32 weights with their gradients and Adam's two moments."""
+    moments = _MOMENT_BYTES[config.moments] * parameters
+    return RoleBytes(4 * parameters, 4 * parameters, moments, ema, activations)
+
+
+def _networks(config: RunConfig, denoiser: Denoiser) -> dict[str, Denoiser]:
+    """The trained roles' networks on the meta device, adapters in a copy of it."""
+    networks = {"generator": denoiser, "critic": denoiser}
+    base = SharedBase(copy.deepcopy(denoiser))
+    for role in networks:
+        if lora := getattr(config, role).lora:
+            networks[role] = base.add(role, lora, dtype="fp32", seed=0)
+    return networks
+
+
 def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> dict[str, int]:
     """How many ranks share a batch of each trained role. Raises PlacementError if they can't."""
     placement = config.placement
@@ -228,18 +271,20 @@ def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> di
     return {"generator": max(1, world - critics), "critic": critics}
 
 
-def _flops(call: Any) -> int:
+def _flops(call: Callable[[], T]) -> tuple[int, T]:
+    """What a call computes, and its result."""
     with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result
 
 
-def _saved_bytes(call: Any) -> int:
-    """Bytes of the distinct tensors that a backward pass of `call` would keep, parameters left out."""
+def _saved_bytes(denoiser: Denoiser, call: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct tensors that a backward pass of `call` would keep, the network's weights left out."""
     seen: dict[int, Tensor] = {}
+    weights = {weight.untyped_storage()._cdata for weight in denoiser.network.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if tensor.untyped_storage()._cdata not in weights:
             seen[tensor.untyped_storage()._cdata] = tensor
         return tensor
 

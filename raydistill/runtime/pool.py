@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -261,14 +261,7 @@ class TeacherPool:
 
 def _rows(query: Query, start: int, end: int) -> Query:
     cond = Cond({name: tensor[start:end] for name, tensor in query.cond.tensors.items()})
-    return Query(
-        network=query.network,
-        want=query.want,
-        x_t=query.x_t[start:end],
-        t=query.t[start:end],
-        cond=cond,
-        guidance_scale=query.guidance_scale,
-    )
+    return replace(query, x_t=query.x_t[start:end], t=query.t[start:end], cond=cond)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from raydistill.runtime.build import build_pipeline
 from raydistill.runtime.settings import RunConfig
 
 _SCENES, _DIGITS = "builtin:scenes", "builtin:digits"
+_SCENES_XL = "builtin:scenes-xl"
+"""Shards of the same scenes, encoded by the SDXL-shaped teacher."""
 
 
 class PipelineEncoder:
@@ -44,6 +46,8 @@ def builtin_paths(config: RunConfig) -> RunConfig:
         changes["evaluator"] = replace(config.evaluator, coco=str(folders[config.evaluator.coco] / "coco"))
     if config.data.shards in folders:
         changes["data"] = replace(config.data, shards=str(folders[config.data.shards] / "shards"))
+    if config.data.shards == _SCENES_XL:
+        changes["data"] = replace(config.data, shards=str(folders[_SCENES] / "shards-xl"))
     return replace(config, **changes)
 
 

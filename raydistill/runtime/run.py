@@ -27,6 +27,7 @@ from raydistill.runtime.session import LEDGER, STOP_FILE, TEACHER_STEP, request_
 from raydistill.runtime.settings import RunConfig, validate
 from raydistill.runtime.signals import on_sigterm
 from raydistill.runtime.summary import summarise, warn_if_not_exportable
+from raydistill.runtime.uploads import fetch_run, require_uploaded
 from raydistill.tracking import journal_is_held, require_store
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     require_store(config.tracking, config.run_dir)  # before data is prepared, which may take minutes
     require_evaluation(config)
     warn_if_not_exportable(config)
+    if not journal_is_held(config.run_dir):
+        fetch_run(config)
     check_folder(config)
     made, total = _snapshots(config).steps(), config.train.generator_updates
     if made and made[-1] >= total:
@@ -74,6 +77,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise InterruptedRunError(
             f"stopped at update {newest} as asked; the same command goes on from its snapshot"
         )
+    require_uploaded(config)
     summary: dict[str, Any] = json.loads((Path(config.run_dir) / "summary.json").read_text())
     return summary
 

@@ -14,13 +14,18 @@ from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods import METHODS
 from raydistill.methods.dmd2 import DMD2Config
 from raydistill.methods.method import MethodConfig
+from raydistill.object_store import is_remote, require_no_credentials
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
 from raydistill.tracking import TrackingConfig, check_tracking, without_secrets
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUILTIN_TEACHERS = {"builtin:scenes": ASSETS / "scenes_teacher", "builtin:digits": ASSETS / "digits_teacher"}
+BUILTIN_TEACHERS = {
+    "builtin:scenes": ASSETS / "scenes_teacher",
+    "builtin:scenes-xl": ASSETS / "scenes_xl_teacher",
+    "builtin:digits": ASSETS / "digits_teacher",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,9 @@ class TeacherConfig:
 
     path: str = "builtin:scenes"
     """Folder or hub id of an SD- or SDXL-shaped diffusers pipeline; folder or .pkl file of a class-conditional EDM
-    network; builtin:scenes and builtin:digits are shipped; random:edm-cifar10 and random:edm-imagenet64 have the
-    published shapes and random weights, for measuring."""
+    network; builtin:scenes, builtin:scenes-xl (SDXL-shaped) and builtin:digits are shipped; random:edm-cifar10,
+    random:edm-imagenet64, random:sd15 and random:sdxl have the published shapes and random weights, for measuring
+    (random:sd15:256 for images of 256 pixels)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     guidance_scale: float = 3.0
@@ -96,6 +102,15 @@ class CheckpointConfig:
     """Generator updates between snapshots; evaluated updates are snapshots too."""
     keep: int = 2
     """Newest snapshots kept; the best one and those waiting for evaluation are kept beside them."""
+    uri: str | None = None
+    """Where each snapshot is copied to while training goes on, under the run's name: s3://bucket/prefix or another
+    fsspec URL. A run whose output_dir has less goes on from there. none: nowhere."""
+    endpoint_url: str | None = None
+    """Address of an S3 service other than AWS (http://127.0.0.1:9000); its credentials: the environment."""
+    retry_max_s: float = 15.0
+    """Longest pause in seconds between attempts to copy while the store is away."""
+    upload_wait_s: float = 600.0
+    """Seconds that a run waits at its end for copies that are still to be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +209,12 @@ class RunConfig:
         return f"{self.output_dir}/{self.name}"
 
     @property
+    def copies_url(self) -> str | None:
+        """Of the run's own folder under checkpoint.uri."""
+        uri = self.checkpoint.uri
+        return None if uri is None else f"{uri.rstrip('/')}/{self.name}"
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples per forward pass and rank, the default resolved."""
         return self.train.micro_batch(max(1, self.placement.workers))
@@ -233,12 +254,14 @@ def validate(config: RunConfig) -> None:
     for name in ("every", "keep"):
         if getattr(config.checkpoint, name) < 1:
             raise ConfigError(f"checkpoint.{name}={getattr(config.checkpoint, name)} must be at least 1")
+    _validate_copies(config.checkpoint)
     for name in ("num_train", "num_val", "samples_per_shard"):
         if getattr(config.prepare, name) < 1:
             raise ConfigError(f"prepare.{name}={getattr(config.prepare, name)} must be at least 1")
     if train.micro_batch_size is not None and train.micro_batch_size < 1:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
     _validate_placement(config.placement)
+    _validate_lora(config)
     require_divisible(config)
     if config.evaluator.workers > 1 and config.placement.session == "inline":
         raise PlacementError(
@@ -252,6 +275,49 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"teacher.path={config.teacher.path!r}: built in is only {', '.join(BUILTIN_TEACHERS)}"
         )
+
+
+def _validate_copies(checkpoint: CheckpointConfig) -> None:
+    uri = checkpoint.uri
+    if uri is not None and not is_remote(uri):
+        raise ConfigError(
+            f"checkpoint.uri={uri!r} must be a URL such as s3://bucket/prefix, or none; snapshots are written to "
+            "output_dir in any case"
+        )
+    require_no_credentials(uri or "", "checkpoint.uri")
+    require_no_credentials(checkpoint.endpoint_url or "", "checkpoint.endpoint_url")
+    if checkpoint.retry_max_s <= 0:
+        raise ConfigError(f"checkpoint.retry_max_s={checkpoint.retry_max_s:g} must be above 0")
+    if checkpoint.upload_wait_s < 0:
+        raise ConfigError(f"checkpoint.upload_wait_s={checkpoint.upload_wait_s:g} must not be negative")
+
+
+def _validate_lora(config: RunConfig) -> None:
+    for role in ("generator", "critic"):
+        settings = getattr(config, role)
+        rank, alpha, targets = settings.lora_rank, settings.lora_alpha, settings.lora_targets
+        if rank < 0:
+            raise ConfigError(f"{role}.lora_rank={rank} must not be negative; 0 trains all weights")
+        for name, value, given in (
+            ("lora_alpha", alpha, alpha is not None),
+            ("lora_targets", targets, targets != "attention"),
+        ):
+            if given and not rank:
+                raise ConfigError(
+                    f"{role}.{name}={value} has no meaning without {role}.lora_rank, which is 0"
+                )
+        if alpha is not None and not alpha > 0:
+            raise ConfigError(f"{role}.lora_alpha={alpha:g} must be positive, or none for the rank")
+        if rank and config.train.compile:
+            raise ConfigError(
+                f"train.compile=true with {role}.lora_rank={rank}: a network that switches its adapters is not "
+                "compiled; set one of them to false or 0"
+            )
+        if rank and config.teacher.dtype == "bf16" and config.train.dtype == "fp32":
+            raise ConfigError(
+                f"train.dtype=fp32 with {role}.lora_rank={rank} and teacher.dtype=bf16: adapters compute in the "
+                "precision of the base that they share with the teacher; set train.dtype=bf16 or teacher.dtype=fp32"
+            )
 
 
 def require_divisible(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ from raydistill.diffusion.schedules import EDMSchedule
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.protocol import cost, count_label, second_figure
 from raydistill.methods.method import Method
-from raydistill.models.diffusers_export import export_pipeline, exported_weights, few_step_scheduler
+from raydistill.models.diffusers_export import (
+    export_pipeline,
+    exported_weights,
+    few_step_scheduler,
+    require_exportable,
+)
 from raydistill.models.diffusers_hub import scheduler_config
 from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipeline, save_edm
-from raydistill.roles.generator import generator_weights
-from raydistill.runtime.build import denoiser_on_meta, method_for
+from raydistill.models.lora import for_diffusers
+from raydistill.models.random_sd import is_random_sd
+from raydistill.roles.generator import generator_adapter, generator_weights
+from raydistill.runtime.build import build_pipeline, denoiser_on_meta, method_for
+from raydistill.runtime.model_card import write_card
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, config_from_dict, teacher_folder, without_secret_settings
 from raydistill.tracking import OFF, register_model, without_secrets
@@ -113,8 +122,10 @@ def warn_if_not_exportable(config: RunConfig) -> None:
     there."""
     if is_edm(teacher_folder(config.teacher)):
         return
-    scheduler = scheduler_config(teacher_folder(config.teacher), revision=config.teacher.revision)
+    path = teacher_folder(config.teacher)
+    scheduler = {} if is_random_sd(path) else scheduler_config(path, revision=config.teacher.revision)
     try:
+        require_exportable(path)
         few_step_scheduler(scheduler, _timesteps(_method(config)))
     except ConfigError as error:
         log.warning("the generator can be trained and sampled, but not exported: %s", error)
@@ -123,7 +134,8 @@ def warn_if_not_exportable(config: RunConfig) -> None:
 def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
     """Write a snapshot's generator (the weights that are evaluated) as a diffusers folder, or as the folder of an EDM
     network beside which its noise levels stand."""
-    weights = generator_weights(snapshot, config.evaluator.weights)
+    weights = generator_weights(snapshot, config.evaluator.weights, partial(build_pipeline, config))
+    adapter = generator_adapter(snapshot, config.evaluator.weights)
     method = _method(config)
     path = teacher_folder(config.teacher)
     if not is_edm(path):
@@ -134,6 +146,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
             timesteps=_timesteps(method),
             prediction=config.teacher.prediction,
             revision=config.teacher.revision,
+            lora=for_diffusers(*adapter) if adapter else None,
         )
     else:
         made = {
@@ -150,6 +163,7 @@ def export_snapshot(config: RunConfig, snapshot: Snapshot, out: Path) -> Path:
         (out / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
+    write_card(config, method, snapshot, out)
     return out
 
 

@@ -107,6 +107,11 @@ class Rank:
         self.kept: list[Sampled] = []
         """The samples in hand, on which a critic update may fail."""
 
+    def networks(self, *roles: str) -> build.Networks:
+        """Those of the trained roles that this rank holds, and the teacher's."""
+        elsewhere = self.elsewhere.denoiser if self.elsewhere else None
+        return build.build_networks(self.config, self.pipeline, self.device, roles, elsewhere)
+
     @property
     def samples_are_older(self) -> bool:
         """Whether the samples in hand can't be made again by the weights as they are now."""
@@ -181,13 +186,11 @@ class GeneratorSide(Rank):
     generator: GeneratorTrainer
     teacher: Scorer
 
-    def build_generator(self) -> None:
-        """The generator and the teacher, which must come after everything that begins as a copy of it."""
+    def build_generator(self, networks: build.Networks) -> None:
+        """The generator and the teacher."""
         self._prediction = self.pipeline.denoiser.prediction
-        self.generator = build.build_generator(
-            self.config, self.method, self.pipeline, self.world, self.device, adopt=self.elsewhere is not None
-        )
-        self.teacher = self.elsewhere or build.build_teacher(self.config, self.pipeline, self.device)
+        self.generator = build.build_generator(self.config, self.method, self.world, networks)
+        self.teacher = self.elsewhere or build.scorer(self.pipeline, networks.teacher, self.device)
         self.asks_ahead = self.elsewhere is not None
         self._ahead: tuple[int, list[Asked]] | None = None
 
@@ -270,16 +273,10 @@ class CriticSide(Rank):
     teacher: Scorer
     """Who answers the critic's own questions, where the method has any."""
 
-    def build_critic(self, *, adopt: bool = False) -> None:
+    def build_critic(self, networks: build.Networks) -> None:
         """The critic; its GAN head may read the features of a teacher that lives elsewhere."""
         self.critic = build.build_critic(
-            self.config,
-            self.method,
-            self.pipeline,
-            self.world,
-            self.device,
-            teacher=self.elsewhere.denoiser if self.elsewhere else None,
-            adopt=adopt,
+            self.config, self.method, self.pipeline, self.world, self.device, networks
         )
 
     def critic_update(
@@ -309,8 +306,9 @@ class Trainer(GeneratorSide, CriticSide):
     ):
         """pipeline, open_reader: instead of those that the settings name."""
         super().__init__(config, session, session.world, pipeline, open_reader)
-        self.build_critic()
-        self.build_generator()
+        networks = self.networks("critic", "generator")
+        self.build_critic(networks)
+        self.build_generator(networks)
         self._sampled_at = 0
         """The generator's optimiser steps when the samples in hand were made."""
 

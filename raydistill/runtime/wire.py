@@ -75,14 +75,15 @@ def num_bytes(packed: Any) -> int:
 
 
 def pack_query(query: Query, dtype: WireDtype, transport: Transport = "object_store") -> dict[str, Any]:
-    """A query as it travels; noise levels and class labels stay exact."""
+    """A query as it travels; noise levels, class labels and SDXL's sizes stay exact."""
     return {
         "want": query.want,
         "guidance_scale": query.guidance_scale,
+        "steps": query.steps,
         "x_t": pack(query.x_t, dtype, transport),
         "t": pack(query.t, "fp32", transport),
         "cond": {
-            name: pack(tensor, "fp32" if tensor.ndim == 1 else dtype, transport)
+            name: pack(tensor, "fp32" if tensor.ndim == 1 or name == "time_ids" else dtype, transport)
             for name, tensor in query.cond.tensors.items()
         },
     }
@@ -97,6 +98,7 @@ def unpack_query(packed: Mapping[str, Any], device: torch.device | str, *, diffe
         t=unpack(packed["t"], device),
         cond=Cond({name: unpack(array, device) for name, array in packed["cond"].items()}),
         guidance_scale=packed["guidance_scale"],
+        steps=packed["steps"],
     )
 
 

@@ -36,7 +36,7 @@ class Row:
     """The generator update it belongs to."""
     state: State = "pending"
     generator_updates: int = 0
-    """Of the newest figure."""
+    """Of the newest figure; all of them once it is finished, though its last evaluation may have failed."""
     error: str | None = None
 
 
@@ -73,6 +73,8 @@ class Board:
         if found:
             row.step = min(found, key=lambda step: (cost(self.config.figure, found[step]), step))
             row.metric, row.generator_updates = found[row.step], max(found)
+        if state == "finished":
+            row.generator_updates = self.config.run.train.generator_updates
         self.save()
         self.show()
 

@@ -8,7 +8,14 @@ restart. This package is the only place that imports mlflow, and it does so when
 """
 
 from raydistill.tracking.history import History, RecordedRun
-from raydistill.tracking.journal import has_unsent, journal_is_held, previous_run_id, read_metrics
+from raydistill.tracking.journal import (
+    JOURNAL_FILES,
+    hand_over,
+    has_unsent,
+    journal_is_held,
+    previous_run_id,
+    read_metrics,
+)
 from raydistill.tracking.mlflow_run import code_commit, without_secrets
 from raydistill.tracking.names import METRICS, check_metric_names
 from raydistill.tracking.registry import download_model, register_model
@@ -22,6 +29,7 @@ from raydistill.tracking.tracker import (
 )
 
 __all__ = [
+    "JOURNAL_FILES",
     "METRICS",
     "OFF",
     "History",
@@ -33,6 +41,7 @@ __all__ = [
     "check_tracking",
     "code_commit",
     "download_model",
+    "hand_over",
     "has_unsent",
     "journal_is_held",
     "previous_run_id",

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 _SENT = "metrics.sent"
+JOURNAL_FILES = (_SENT, NAME)
+"""In the order in which they can be copied while they are written."""
 _LOCK = "metrics.lock"
 _LOCK_WAIT_S = 5.0
 
@@ -35,9 +37,29 @@ def previous_run_id(run_dir: str) -> str | None:
     """The MLflow run of this folder's journal, or None; for a restart before the first snapshot."""
     try:
         with open(Path(run_dir, NAME), encoding="utf-8") as file:
-            return str(json.loads(file.readline())["run_id"])
+            run_id = json.loads(file.readline())["run_id"]
+            return None if run_id is None else str(run_id)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def hand_over(run_dir: str, run_id: str | None) -> None:
+    """Make a folder's journal, brought from another machine, that of another MLflow run, which is sent all of it.
+
+    run_id: None for the next that is opened on the folder. Raises TrackingError.
+    """
+    path = Path(run_dir, NAME)
+    try:
+        header, _, content = path.read_bytes().partition(b"\n")
+        document = json.loads(header) | {"run_id": run_id}
+        partial = path.with_name(f".{NAME}.partial")
+        partial.write_bytes(json.dumps(document).encode() + b"\n" + content)
+        path.with_name(_SENT).unlink(missing_ok=True)
+        os.replace(partial, path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise TrackingError(f"can't take over the journal {path} (output_dir): {error}") from error
 
 
 def has_unsent(run_dir: str) -> bool:
@@ -111,7 +133,9 @@ class Journal:
 
     def _open(self) -> None:
         old = previous_run_id(str(self.path.parent))
-        if self.path.exists() and old != self._run_id:
+        if self.path.exists() and old is None and self._is_ownerless():
+            hand_over(str(self.path.parent), self._run_id)
+        elif self.path.exists() and old != self._run_id:
             # a new run in an old folder: its steps start again, so the old journal must not answer for them
             aside = self.path.with_name(f"metrics.{old or 'unknown'}.jsonl")
             log.warning("%s belongs to run %s; moved to %s", self.path, old, aside.name)
@@ -129,6 +153,10 @@ class Journal:
             self._sent = min(max(int(sent["offset"]), self._base), self._end)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             self._sent = self._base
+
+    def _is_ownerless(self) -> bool:
+        with open(self.path, "rb") as file:
+            return file.readline().startswith(b'{"run_id": null')
 
     def _header(self, base: int) -> bytes:
         return json.dumps({"run_id": self._run_id, "base": base}).encode() + b"\n"

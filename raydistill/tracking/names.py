@@ -9,6 +9,7 @@ METRICS: dict[str, str] = {
     # losses, each the mean over the batch of one optimiser update
     "loss/dm": "generator: distribution-matching surrogate; its gradient is the normalised score difference",
     "loss/sid": "generator: score identity loss, sum over a sample's elements, times method.generator_loss_scale",
+    "loss/regression": "generator: squared distance to the teacher's own sample from the same noise (warm-up)",
     "loss/gan_generator": "generator: non-saturating GAN loss on generated samples",
     "loss/moment": "generator: product of samples and moment gap; its value is no distance, its gradient is the gap",
     "loss/generator_total": "generator: weighted sum that is differentiated",
@@ -18,6 +19,7 @@ METRICS: dict[str, str] = {
     "loss/critic_total": "critic: weighted sum that is differentiated",
     # gradient norms (L2), before clipping
     "grad_norm/dm": "gradient of the distribution-matching term at the generated samples of the global batch",
+    "grad_norm/regression": "gradient of the regression term at the generated samples of the global batch",
     "grad_norm/sid": "gradient of the score identity term at the generated samples of the global batch",
     "grad_norm/moment": "gradient of the moment-matching term at the generated samples of the global batch",
     "grad_norm/gan_generator": "gradient of the GAN term at the generated samples of the global batch",
@@ -105,6 +107,12 @@ METRICS: dict[str, str] = {
     # snapshots
     "snapshot/seconds": "seconds to write one snapshot",
     "snapshot/bytes": "size of one snapshot",
+    # their copies at checkpoint.uri
+    "upload/lag_updates": "generator updates made since the newest snapshot that is copied",
+    "upload/waiting": "snapshots that are not copied yet",
+    "upload/retries": "attempts to copy that have failed since the process began",
+    "upload/seconds": "seconds the last copy took",
+    "upload/bytes": "bytes of the last copy",
     # the tracker itself
     "tracking/unsent_bytes": "journal that MLflow does not have yet",
     "tracking/dropped_points": "metric values lost because the journal was full while MLflow did not answer",

@@ -217,7 +217,7 @@ def test_unreadable_and_missing_files_stop_the_job_or_are_counted(tmp_path: Path
 
 
 def test_latents_beyond_float16_are_refused_and_fit_float32(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"encoder's latent of image id 1 is not finite as float16"):
+    with pytest.raises(DataError, match=r"encoder's latent of image id 1 .*is not finite as float16"):
         prepare_coco(
             scenes, "train", tmp_path / "half", encoder=PoolEncoder(scale=1e6), progress=False, limit=4
         )
@@ -242,7 +242,7 @@ def test_a_write_that_fails_names_the_folder_and_leaves_no_half_shard(scenes: Pa
         f"DataError: can't write shards to {tmp_path / 'out'}: File too large (--out, or data.shards)"
         in errors
     )
-    assert os.listdir(tmp_path / "out") == [".lock"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "progress.json"]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,6 @@ def test_a_write_that_fails_names_the_folder_and_leaves_no_half_shard(scenes: Pa
     [
         ({"samples_per_shard": 0}, "--samples-per-shard 0 must be at least 1"),
         ({"image_size": 0}, "--image-size 0 must be at least 1"),
-        ({"out": "s3://bucket/prefix"}, "written to a local folder and uploaded"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

@@ -10,6 +10,7 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
+from raydistill import object_store
 from raydistill.data import storage
 from raydistill.data.reader import DataConfig, ShardReader
 from raydistill.data.shards import ShardIndex
@@ -81,15 +82,15 @@ def test_a_shard_with_another_hash_is_refused(bucket: s3fs.S3FileSystem, server:
     size = (shards / "shard-000000.tar").stat().st_size
     bucket.pipe_file("data/set/shard-000000.tar", bytes(size))
     with pytest.raises(
-        DataError, match=r"shard-000000\.tar can't be read after 5 attempts: OSError: its sha256 is"
+        DataError, match=r"shard-000000\.tar has the sha256 \w{12}, index\.json says \w{12}: it is damaged"
     ):
         reader(URL, server)
 
 
 def test_missing_shards_folders_and_buckets_are_named(bucket: s3fs.S3FileSystem, server: str) -> None:
-    with pytest.raises(DataError, match=r"s3://data/other is not there"):
+    with pytest.raises(DataError, match=r"s3://data/other can't be read: it is not there"):
         reader("s3://data/other", server)
-    with pytest.raises(DataError, match=r"s3://nobucket/set is not there"):
+    with pytest.raises(DataError, match=r"s3://nobucket/set can't be read: there is no such bucket"):
         reader("s3://nobucket/set", server)
     with pytest.raises(DataError, match=r"'s3://data/set/x-\*\.tar' matches no file in s3://data/set"):
         reader(f"{URL}/x-*.tar", server)
@@ -117,11 +118,11 @@ def test_a_service_that_is_back_after_a_while_is_asked_again(bucket: s3fs.S3File
                 late.start()
 
     handler = StartAtFirstWarning()
-    storage.log.addHandler(handler)
+    object_store.log.addHandler(handler)
     try:
         assert stream(reader(URL, f"http://127.0.0.1:{port}")) == stream(reader(shards))
     finally:
-        storage.log.removeHandler(handler)
+        object_store.log.removeHandler(handler)
         late.stop()
     assert len(warnings) == 1
     assert "EndpointConnectionError" in warnings[0]
@@ -131,7 +132,7 @@ def test_a_service_that_is_back_after_a_while_is_asked_again(bucket: s3fs.S3File
 
 def test_a_service_that_stays_away_is_reported_without_secrets(bucket: s3fs.S3FileSystem) -> None:
     with pytest.raises(
-        DataError, match=r"s3://data/set can't be read after 5 attempts: EndpointConnectionError"
+        DataError, match=r"s3://data/set can't be read after 7 attempts: EndpointConnectionError"
     ) as e:
         reader(URL, "http://127.0.0.1:9")
     assert SECRET not in str(e.value)
@@ -146,7 +147,9 @@ def test_a_service_that_accepts_and_never_answers_is_given_up(bucket: s3fs.S3Fil
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="credentials in its URL; put them in the environment") as raised:
+    with pytest.raises(
+        ConfigError, match=r"credentials in its URL, .*; put them in the environment"
+    ) as raised:
         reader(f"s3://AKIATESTING:{SECRET}@data/set")
     assert SECRET not in str(raised.value)
 

@@ -187,8 +187,9 @@ def apart(tmp_path: Path, world_size: int, critics: int, **sections: Any) -> lis
         OTHER_METHODS["guided_sida"] | SHORT,
         OTHER_METHODS["moment_matching"] | HALVED,
         OTHER_METHODS["instant"] | SHORT,
+        {"generator": {"lora_rank": 4, "lora_targets": "all"}, "critic": {"lora_rank": 2}} | SHORT,
     ],
-    ids=["gan", "real_data_accumulated", "guided_sida", "moment_matching_accumulated", "instant"],
+    ids=["gan", "real_data_accumulated", "guided_sida", "moment_matching_accumulated", "instant", "lora"],
 )
 def test_one_rank_for_each_role_gives_the_losses_and_weights_of_one_process_bit_for_bit(
     tmp_path: Path, sections: dict[str, Any]

@@ -255,9 +255,7 @@ def stopped_at(step: int, config: RunConfig, folder: Path) -> Snapshots:
     for _ in range(step):
         trainer.window()
     snapshots = Snapshots(str(folder), keep=1)
-    for role, owner in trainer.parts.items():
-        snapshots.write_part(step, role, *owner.save())
-    snapshots.commit(step, manifest_of(trainer, Named()))  # type: ignore[arg-type]
+    save(trainer, step, snapshots)
     return snapshots
 
 
@@ -338,16 +336,39 @@ def _rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    config = tiny_config(train={"micro_batch_size": 4}, **SMOOTH)
     assert World(rank, 2).range(10 + rank) == (11, 10)
-    trainer = tiny_trainer(config, World(rank, 2))
+    trainer = tiny_trainer(HALVES, World(rank, 2))
     values = [trainer.window() for _ in range(3)]
     torch.save({"weights": weights(trainer), "values": [figures(v) for v in values]}, f"{folder}/{rank}.pt")
+    resumed = tiny_trainer(HALVES, World(rank, 2))
+    snapshots = Snapshots(f"{folder}/snapshots", keep=9)
+    resume(resumed, snapshots)
+    values = [resumed.window() for _ in range(2)]
+    torch.save([figures(v) for v in values], f"{folder}/resumed_{rank}.pt")
+    if rank == 0:
+        save(resumed, 4, snapshots)
     dist.destroy_process_group()
 
 
-def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path) -> None:
+def save(trainer: Trainer, step: int, snapshots: Snapshots) -> None:
+    for role, owner in trainer.parts.items():
+        snapshots.write_part(step, role, *owner.save())
+    snapshots.commit(step, manifest_of(trainer, Named()))  # type: ignore[arg-type]
+
+
+HALVES = tiny_config(train={"micro_batch_size": 4, "generator_updates": 6}, **SMOOTH)
+LIKE_ONE_RANKS = (
+    "loss/dm", "loss/dsm", "grad_norm/dm", "grad_norm/gan_generator", "grad_norm/critic", "sample/absmax",
+)  # fmt: skip
+
+
+def test_two_ranks_learn_the_same_as_one_and_each_goes_on_from_the_others_snapshot(tmp_path: Path) -> None:
     torch.set_num_threads(1)
+    snapshots = Snapshots(str(tmp_path / "snapshots"), keep=9)
+    first = tiny_trainer(HALVES)
+    for _ in range(2):
+        first.window()
+    save(first, 2, snapshots)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -356,25 +377,31 @@ def test_two_ranks_draw_the_same_noise_and_learn_the_same_as_one(tmp_path: Path)
     for process in ranks:
         process.start()
     # one rank that accumulates the same two halves differs from two ranks by the order of one addition
-    alone = tiny_trainer(tiny_config(train={"micro_batch_size": 4}, **SMOOTH))
+    alone = tiny_trainer(HALVES)
     expected = [figures(alone.window()) for _ in range(3)]
+    after_three = weights(alone)
+    expected += [figures(alone.window()) for _ in range(3)]
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, tensor in saved[0]["weights"].items():
         assert torch.equal(tensor, saved[1]["weights"][name]), name
+        assert (tensor - after_three[name]).abs().max() < 1e-6, name
+    last = tiny_trainer(HALVES)
+    resume(last, snapshots)
+    assert last.progress.generator_updates == 4
+    on_two = torch.load(tmp_path / "resumed_0.pt", weights_only=True)
+    moved = [
+        *on_two,
+        *(figures(last.window()) for _ in range(2)),
+    ]  # updates 3 and 4 on two ranks, 5 and 6 on one
+    for name, tensor in weights(last).items():
         assert (tensor - weights(alone)[name]).abs().max() < 1e-6, name
-    for one, both in zip(expected, saved[0]["values"], strict=True):
-        assert both["loss/dm"] == pytest.approx(one["loss/dm"], rel=1e-4)
-        for name in (
-            "loss/dsm",
-            "grad_norm/dm",
-            "grad_norm/gan_generator",
-            "grad_norm/critic",
-            "sample/absmax",
-        ):
-            assert both[name] == pytest.approx(one[name], rel=1e-4)
+    pairs = [*zip(expected[:3], saved[0]["values"], strict=True), *zip(expected[2:], moved, strict=True)]
+    for one, both in pairs:
+        for name in LIKE_ONE_RANKS:
+            assert both[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:

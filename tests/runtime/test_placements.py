@@ -38,6 +38,7 @@ def test_bytes_transfers_and_times_of_each_placement() -> None:
     ]  # fmt: skip
     roles = plan.bytes_by_role
     quarter = sum(role.total - role.activations + role.activations // 4 for role in roles.values())
+    quarter -= roles["generator"].gradients  # never there with the critic's
     assert colocated.device_bytes["worker"] == pytest.approx(quarter, abs=8)
     assert colocated.window == pytest.approx(sum(plan.forwards.values()) / 4)
     assert apart.device_bytes == {

@@ -455,7 +455,14 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     )
     with pytest.raises(ConfigError, match="leave --step and --weights out"):
         evaluate(best["export"], step=6)
-    out = export(str(whole), str(tmp_path / "export"), step=6)
+    out = export(str(whole), str(tmp_path / "export"), step=6, single_file=str(tmp_path / "one.safetensors"))
+    card = (out / "README.md").read_text()
+    assert "num_inference_steps=1, guidance_scale=1.0" in card
+    assert f"| toyfid_32 | {figures['eval/toyfid_32']:.4g} |" in card
+    assert f"| hash | {figures['protocol_hash']} |" in card
+    assert "| teacher.guidance_scale | `2.0` |" in card
+    assert (out / "grid.png").read_bytes() == (whole / "artifacts/grids/grid_00000006.png").read_bytes()
+    assert (tmp_path / "one.safetensors").stat().st_size > 5_000_000
     assert (
         json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     )
@@ -673,6 +680,19 @@ def test_four_step_preset_trains_evaluates_and_exports(whole: Path, output_dir: 
     loaded = import_diffusers().LCMScheduler.from_config(scheduler)
     loaded.set_timesteps(4)
     assert loaded.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_sdxl_job_trains_by_backward_simulation_evaluates_and_exports(output_dir: Path) -> None:
+    small = settings(output_dir, "xl", "train.generator_updates=2")
+    finish(job(*small, file=JOB.with_name("dmd2_sdxl.py")))
+    summary = json.loads((output_dir / "xl" / "summary.json").read_text())
+    assert (summary["generator_steps"], summary["teacher"]) == (4, "builtin:scenes-xl")
+    assert summary["toyfid_end"] > 0
+    assert (output_dir / "xl/export/text_encoder_2/model.safetensors").is_file()
+    difference = export_difference(
+        str(output_dir / "xl"), summary["export"], prompts=["a red circle"], step=summary["exported_step"]
+    )
+    assert difference < 2e-4
 
 
 def test_timesteps_that_diffusers_cannot_visit_cost_the_export_only_and_are_told_of_first(

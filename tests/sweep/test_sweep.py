@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 from raydistill.checkpoint import Snapshots
 from raydistill.runtime import digits
 from raydistill.runtime.run import InterruptedRunError
+from raydistill.runtime.session import LEDGER
 from raydistill.sweep.board import Board, Row
 from raydistill.sweep.config import Range, SweepConfig, checked
 from raydistill.sweep.sweep import NumberedSearch, _send_what_waits
@@ -206,7 +207,12 @@ def test_figures_of_ended_trials_that_mlflow_missed_are_sent_when_the_sweep_ends
         tracker.metrics({"loss/sid": 1.0}, 1)
         assert tracker.finish("FAILED")
         with (tmp_path / name / "metrics.jsonl").open("a") as journal:
-            journal.write(json.dumps({"step": 2, "timestamp_ms": 1, "values": {"loss/sid": 0.5}}) + "\n")
+            journal.write(
+                json.dumps(
+                    {"step": 2, "timestamp_ms": int(1000 * time.time()) + 1, "values": {"loss/sid": 0.5}}
+                )
+                + "\n"
+            )
         board.rows[name] = Row(name, str(tmp_path / name), {}, state=state)  # type: ignore[arg-type]
         ids.append(tracker.run_id)
     assert has_unsent(str(tmp_path / "t0"))
@@ -251,3 +257,18 @@ def test_the_table_marks_the_best_and_a_failed_trial_is_never_it(tmp_path: Path)
     assert [line.split()[:3] for line in lines] == [
         ["t0", "1", "finished"], ["*", "t1", "1.2"], ["t2", "0.5", "failed"],
     ]  # fmt: skip
+
+
+def test_a_finished_trial_has_made_all_its_updates_though_its_last_evaluation_failed(tmp_path: Path) -> None:
+    run = replace(digits.sid(), output_dir=str(tmp_path))
+    config = SweepConfig(run=run, space={"method.alpha": [1.0, 1.2]})
+    board = Board(config)
+    Path(config.folder).mkdir()
+    for name in ("t0", "t1"):
+        run_dir = Path(board.row(name, {}).run_dir)
+        run_dir.mkdir()
+        (run_dir / LEDGER).write_text(json.dumps({"5": {"metrics": {config.figure: 0.3}}, "600": {}}))
+    board.update("t0", "running")
+    board.update("t1", "finished")
+    assert [row.generator_updates for row in board.rows.values()] == [5, run.train.generator_updates]
+    assert [(row.metric, row.step) for row in board.rows.values()] == [(0.3, 5)] * 2

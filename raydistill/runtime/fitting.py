@@ -1,0 +1,98 @@
+"""What fits a device of a given memory: the largest micro-batch, and the settings to change where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from raydistill.config import apply_overrides
+from raydistill.errors import ConfigError, PlacementError
+from raydistill.runtime.placements import PlacementPlan, compare, suggested
+from raydistill.runtime.plan import GIB, Plan, plan
+from raydistill.runtime.settings import RunConfig
+
+_GENTLEST_FIRST = (
+    ("train.micro_batch_size=1",),
+    ("train.activation_checkpointing=true",),
+    ("train.dtype=bf16", "teacher.dtype=bf16"),
+    ("generator.moments=bf16", "critic.moments=bf16"),
+)
+"""What a run may change to need less memory: first what costs time only, then what costs precision."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A placement with the micro-batch that fills its devices."""
+
+    micro_batch_size: int
+    fullest_bytes: int
+
+
+def largest_micro_batch(
+    config: RunConfig, planned: Plan, chosen: PlacementPlan, teachers: int, device_gib: float
+) -> Fitting | None:
+    """The largest micro-batch with which a placement's devices hold the plan's tensors; None if not even 1 does.
+
+    teachers: replicas, as the placement was compared with.
+    """
+    layout = chosen.layout
+    devices = layout.generators + layout.critics + layout.teachers
+    shares = [config.train.batch_size // n for n in (layout.generators, layout.critics) if n]
+    for micro in range(min(shares), 0, -1):
+        if any(share % micro for share in shares):
+            continue
+        changed = replace(config, train=replace(config.train, micro_batch_size=micro))
+        row = compare(changed, _with_micro_batch(config, planned, micro), devices, teachers)
+        same = [each for each in row if each.layout == layout]
+        fullest = max((max(each.device_bytes.values()) for each in same), default=0)
+        if same and fullest <= device_gib * GIB:
+            return Fitting(micro, fullest)
+    return None
+
+
+def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: float) -> str:
+    """Settings with which some placement on some (devices, teacher replicas) fits, in words, with their figures.
+
+    They are tried one after the other and kept, those first that leave the numbers alone.
+    """
+    settings: list[str] = []
+    smallest = float("inf")
+    for step in _GENTLEST_FIRST:
+        try:
+            changed = apply_overrides(config, step)
+            planned = plan(changed)
+        except ConfigError:  # a network that can't recompute its activations
+            continue
+        if changed == config:
+            continue
+        config = changed
+        settings += step
+        for number, teachers in devices:
+            row = compare(config, planned, number, teachers)
+            if not row:
+                continue
+            smallest = min([smallest, *(max(each.device_bytes.values()) for each in row)])
+            try:
+                chosen = suggested(row, device_gib)
+            except PlacementError:
+                continue
+            fullest = max(chosen.device_bytes.values()) / GIB
+            return f"{fullest:.2f} GiB would fit: {' '.join(settings)} {chosen.settings}"
+    if not settings:
+        return "no setting of memory is left to change: larger or more devices are needed"
+    return (
+        f"even {' '.join(settings)} takes {smallest / GIB:.2f} GiB of the fullest device: larger or more devices are "
+        "needed"
+    )
+
+
+def _with_micro_batch(config: RunConfig, planned: Plan, micro: int) -> Plan:
+    """The plan with activations of another micro-batch, to which they are proportional."""
+    ranks = planned.ranks | {"teacher": planned.ranks["generator"]}
+    return replace(
+        planned,
+        bytes_by_role={
+            role: replace(of, activations=of.activations * micro // config.train.micro_batch(ranks[role]))
+            for role, of in planned.bytes_by_role.items()
+        },
+    )

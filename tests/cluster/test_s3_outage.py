@@ -1,0 +1,32 @@
+"""The main job with shards and snapshots on S3 over HTTP, which goes away in mid-run, and then the machine does."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "cluster"))
+from s3_outage import Drill, is_right
+from s3_service import S3Service
+
+sys.path.pop(0)
+
+
+def test_an_outage_and_another_machine_change_no_figure_and_lose_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Service(tmp_path / "moto.log") as service:
+        for name, value in service.environment.items():
+            monkeypatch.setenv(name, value)
+        drill = Drill(tmp_path, service, 12, ["placement.session=inline", "evaluator.every=12"])
+        drill.undisturbed()
+        outage = drill.outage(4.0)
+        moved = drill.moved()
+    assert outage["uploads that failed"] > 0, outage
+    assert any("takes snapshots again after" in line for line in outage["told"]), outage
+    assert outage["figures"] > 12 * 10
+    assert is_right(outage), outage
+    assert moved["went on from update"] >= 4, moved
+    assert is_right(moved), moved
+    for log in tmp_path.glob("*.log"):
+        assert service.environment["AWS_SECRET_ACCESS_KEY"] not in log.read_text()
