@@ -77,20 +77,22 @@ def test_settings_that_do_not_fit_are_one_line(tmp_path: Path, overrides: list[s
     assert "\n" not in str(caught.value)
 
 
-PAPERS = {
-    "sid_cifar10": "edm-cifar10-50k",
-    "dmd2_imagenet64": "dmd2-in64-50k",
-    "moment_matching_imagenet64": "edm-in64-50k",
-    "sid_lsg_coco": "gigagan-coco30k",
-}
+PAPERS = [
+    ("sid_cifar10", "paper", "edm-cifar10-50k"),
+    ("dmd2_imagenet64", "paper", "dmd2-in64-50k"),
+    ("moment_matching_imagenet64", "paper", "edm-in64-50k"),
+    ("sid_lsg_coco", "paper", "gigagan-coco30k"),
+    ("dmd2_coco", "sd15_gan", "gigagan-coco30k"),
+    ("dmd2_sdxl", "paper", "dmd2-sdxl-coco10k"),
+]
 
 
-@pytest.mark.parametrize("job", PAPERS)
-def test_papers_recipes_name_their_protocol(job: str) -> None:
-    config = load_job(str(ROOT / "jobs" / f"{job}.py"))[1]["paper"]()
-    assert config.evaluator.protocol == PAPERS[job]
+@pytest.mark.parametrize(("job", "preset", "protocol"), PAPERS)
+def test_papers_recipes_name_their_protocol(job: str, preset: str, protocol: str) -> None:
+    config = load_job(str(ROOT / "jobs" / f"{job}.py"))[1][preset]()
+    assert config.evaluator.protocol == protocol
     assert not config.evaluator.teacher_figure
-    require_conditions(config.evaluator, by_class=job != "sid_lsg_coco")
+    require_conditions(config.evaluator, by_class=not config.evaluator.captions)
 
 
 def test_a_papers_dry_run_says_what_a_start_would_miss(tmp_path: Path) -> None:
