@@ -157,7 +157,14 @@ def sd15() -> RunConfig:
         ),
         data=DataConfig(shards="sd15_shards"),
         prepare=PrepareConfig(coco=None),
-        evaluator=EvaluatorConfig(enabled=False),  # its detectors judge the embedded data only
+        evaluator=EvaluatorConfig(
+            protocol="gigagan-coco30k",
+            coco="coco",
+            split="val2014",
+            captions="coco_captions_30k.txt",  # the paper's, one a line
+            teacher_figure=False,  # ours
+            every=500,  # ours
+        ),
         checkpoint=CheckpointConfig(every=100),  # ours
     )
 

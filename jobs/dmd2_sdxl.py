@@ -87,7 +87,13 @@ def paper() -> RunConfig:
         ),
         data=DataConfig(shards="sdxl_shards"),
         prepare=PrepareConfig(coco=None),
-        evaluator=EvaluatorConfig(enabled=False),  # its detectors judge the embedded data only
+        evaluator=EvaluatorConfig(
+            protocol="dmd2-sdxl-coco10k",
+            captions="coco_captions_10k.txt",  # the paper's, one a line
+            reference="coco10k",  # the images that they describe
+            teacher_figure=False,  # ours
+            every=500,  # ours
+        ),
         checkpoint=CheckpointConfig(every=100),  # ours
     )
 

@@ -27,13 +27,15 @@ from raydistill.roles.evaluation_inputs import require_conditions
 from raydistill.runtime import actors, digits
 from raydistill.runtime.build import build_pipeline
 from raydistill.runtime.commands import evaluate
-from raydistill.runtime.compare import compare
+from raydistill.runtime.compare import compare, row
+from raydistill.runtime.compare import table as comparison_table
 from raydistill.runtime.keeper import require_same_settings
 from raydistill.runtime.prepare import prepare_builtin
 from raydistill.runtime.run import resolve, run
 from raydistill.runtime.services import build_evaluator, evaluate_snapshot
 from raydistill.runtime.session import TEACHER_STEP
 from raydistill.runtime.settings import RunConfig, validate
+from raydistill.runtime.summary import table as summary_table
 from raydistill.sweep.config import SweepConfig, checked
 from tests.eval.detector_file import write_detector
 from tests.eval.test_protocol import PROTOCOL
@@ -75,20 +77,22 @@ def test_settings_that_do_not_fit_are_one_line(tmp_path: Path, overrides: list[s
     assert "\n" not in str(caught.value)
 
 
-PAPERS = {
-    "sid_cifar10": "edm-cifar10-50k",
-    "dmd2_imagenet64": "dmd2-in64-50k",
-    "moment_matching_imagenet64": "edm-in64-50k",
-    "sid_lsg_coco": "gigagan-coco30k",
-}
+PAPERS = [
+    ("sid_cifar10", "paper", "edm-cifar10-50k"),
+    ("dmd2_imagenet64", "paper", "dmd2-in64-50k"),
+    ("moment_matching_imagenet64", "paper", "edm-in64-50k"),
+    ("sid_lsg_coco", "paper", "gigagan-coco30k"),
+    ("dmd2_coco", "sd15_gan", "gigagan-coco30k"),
+    ("dmd2_sdxl", "paper", "dmd2-sdxl-coco10k"),
+]
 
 
-@pytest.mark.parametrize("job", PAPERS)
-def test_papers_recipes_name_their_protocol(job: str) -> None:
-    config = load_job(str(ROOT / "jobs" / f"{job}.py"))[1]["paper"]()
-    assert config.evaluator.protocol == PAPERS[job]
+@pytest.mark.parametrize(("job", "preset", "protocol"), PAPERS)
+def test_papers_recipes_name_their_protocol(job: str, preset: str, protocol: str) -> None:
+    config = load_job(str(ROOT / "jobs" / f"{job}.py"))[1][preset]()
+    assert config.evaluator.protocol == protocol
     assert not config.evaluator.teacher_figure
-    require_conditions(config.evaluator, by_class=job != "sid_lsg_coco")
+    require_conditions(config.evaluator, by_class=not config.evaluator.captions)
 
 
 def test_a_papers_dry_run_says_what_a_start_would_miss(tmp_path: Path) -> None:
@@ -177,6 +181,28 @@ def test_a_report_refuses_two_protocols_and_shows_one_without_second_figure(tmp_
     scored = ledger(tmp_path / "scored", FID, fid=3.0, clip_score=0.3)
     page = write_report([scored], tmp_path / "page.html", "with a score").read_text()
     assert "clip score" in page
+
+
+def test_a_run_without_its_teachers_figure_says_nothing_of_it(tmp_path: Path) -> None:
+    few = [
+        "train.generator_updates=1",
+        "evaluator.num_samples=40",
+        "evaluator.teacher_figure=false",
+        "tracking.uri=off",
+    ]
+    summary = run(small(tmp_path, *few, "teacher.preflight=false"))
+    steps = json.loads((Path(summary["run_dir"]) / "evaluations.json").read_text()).keys()
+    assert steps == {"0", "1"}
+    assert summary["toyfid_teacher"] is None
+    assert not list((tmp_path / "teacher_figures").glob("*"))
+    printed = summary_table(summary)
+    assert "toyfid (40)" in printed
+    assert "teacher," not in printed
+    compared = comparison_table([row(summary)])
+    assert compared.splitlines()[0].startswith(
+        "| run | steps | toyfid (40), start | end | lower by | label accuracy |"
+    )
+    assert "teacher" not in compared
 
 
 @pytest.fixture(scope="module")

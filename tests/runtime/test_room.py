@@ -90,6 +90,17 @@ def test_cpus_and_gpus_must_be_on_the_same_node(
         check_room(nodes, tiny_config(placement=placement), cpus=1)
 
 
+def test_every_evaluator_of_a_figure_has_its_share_of_a_gpu() -> None:
+    config = tiny_config(
+        placement={"workers": 1, "gpus_per_worker": 1, "evaluator_gpus": 1.0}, evaluator={"workers": 2}
+    )
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}]
+    assert check_room(nodes, config, cpus=1)["evaluator"] == (1, 0)
+    named = r"beside evaluator\.workers=2 x placement\.evaluator_gpus=1 does not fit: the nodes have 2 GPUs"
+    with pytest.raises(PlacementError, match=named):
+        check_room(nodes[:1], config, cpus=1)
+
+
 def test_share_of_the_cpus_leaves_a_place_for_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"CPU": 8.0}, {"CPU": 2.0}]
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
