@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -128,7 +129,10 @@ def main() -> int:
             encoder, image_size = PipelineEncoder(pipeline, args.device), pipeline.image_size
         elsewhere = None
         if args.workers:
-            # Ray takes seconds to import
+            from raydistill.runtime.local_cluster import address_to_join, prepare_to_join
+
+            # Ray reads what this sets when it is imported, which takes seconds
+            prepare_to_join(address_to_join() if os.environ.get("RAY_ADDRESS") else "")
             from raydistill.runtime.prepare_pool import on_ray
 
             # a hub id is no folder here

@@ -20,6 +20,7 @@ from raydistill.checkpoint.folders import RemoteFolder
 from raydistill.checkpoint.manifest import MANIFEST, STEP_FOLDER, folder_name, parse_manifest, verify
 from raydistill.checkpoint.snapshots import Snapshots
 from raydistill.errors import CheckpointError
+from raydistill.object_store import fault_of
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ class Mirror:
     def fetch(self, told: Callable[[str], None] = lambda _: None) -> list[int]:
         """Copy what the local folder lacks, if the newest snapshot in the store is newer; the steps fetched.
 
-        The newest whole one comes first, then the others; a damaged one is passed over with a warning. The run's
-        files come before all of them and replace local ones. Raises CheckpointError.
+        The newest comes last, so that a fetch that is broken off is seen to be one; a damaged one is passed over with
+        a warning. The run's files come before all of them and replace local ones. Raises CheckpointError.
         """
         there, here = self.steps(), self.local.steps()
         if not there or (here and here[-1] >= there[-1]):
@@ -92,13 +93,16 @@ class Mirror:
             if any(fnmatch.fnmatchcase(name, each) for each in self._files) and ".." not in name.split("/"):
                 self._store.download(name, self._run_dir / name)
         fetched = []
-        for step in reversed(there):
+        for step in there:
             if step in here:
                 continue
             try:
                 self._fetch(step, told)
                 fetched.append(step)
             except CheckpointError as error:
+                fault = fault_of(error.__cause__) if error.__cause__ else None
+                if fault is not None and fault.passing:
+                    raise
                 log.warning("passing over a snapshot: %s", error)
         return fetched
 

@@ -14,7 +14,6 @@ from raydistill.data.shard_writer import Shard, ShardWriter
 from raydistill.errors import DataError, PlacementError
 from raydistill.models.diffusers_hub import load_pipeline
 from raydistill.runtime.actors import get
-from raydistill.runtime.local_cluster import address_to_join, prepare_to_join
 from raydistill.runtime.prepare import PipelineEncoder
 from raydistill.runtime.run import connect
 
@@ -43,7 +42,8 @@ def on_ray(workers: int, teacher: str | None, device: str = "cpu") -> Elsewhere:
     """Write shards by so many actors: on the cluster of RAY_ADDRESS, or on a Ray of this process's own.
 
     teacher: whose encoder each loads; None: nothing is encoded. A shard whose actor dies is written by another. All
-    nodes must see the source's files and, unless it is a URL, the folder of shards.
+    nodes must see the source's files and, unless it is a URL, the folder of shards. `prepare_to_join` comes before this
+    module, which imports ray.
     """
 
     def write(writer: ShardWriter, numbers: Sequence[int]) -> Iterator[tuple[int, Shard]]:
@@ -51,7 +51,6 @@ def on_ray(workers: int, teacher: str | None, device: str = "cpu") -> Elsewhere:
             return
         mine = not ray.is_initialized()
         if mine:
-            prepare_to_join(address_to_join() if os.environ.get("RAY_ADDRESS") else "")
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             connect()
         try:

@@ -162,6 +162,7 @@ def fetch_run(config: RunConfig) -> None:
     mirror = open_mirror(config, local)
     if mirror is None:
         return
+    mlflow_run = previous_run_id(config.run_dir)
     pause, attempt = _FIRST_PAUSE_S, 0
     while True:
         attempt += 1
@@ -173,7 +174,6 @@ def fetch_run(config: RunConfig) -> None:
                     f"resume=false: checkpoint.uri={config.checkpoint.uri!r} holds snapshots of an earlier run "
                     f"{config.name!r} (updates {_listed(there)}); choose another name, or remove {mirror.url}"
                 )
-            mlflow_run = previous_run_id(config.run_dir)
             fetched = mirror.fetch(lambda line: log.warning("fetching %s", line))
             break
         except CheckpointError as error:

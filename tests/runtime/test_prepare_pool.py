@@ -33,7 +33,9 @@ def test_shards_of_several_processes_on_s3_are_those_of_one_and_outlive_a_kill(
         environment = os.environ | service.environment | {"OMP_NUM_THREADS": "1"}
         for name, value in service.environment.items():
             monkeypatch.setenv(name, value)
-        files = fsspec.filesystem("s3", endpoint_url=service.endpoint, skip_instance_cache=True)
+        files = fsspec.filesystem(
+            "s3", endpoint_url=service.endpoint, skip_instance_cache=True, use_listings_cache=False
+        )
         files.mkdir("data")
         on_s3 = [*job, "--out", "s3://data/set", "--endpoint-url", service.endpoint]
         first = subprocess.Popen([*on_s3, "--workers", "2"], cwd=ROOT, env=environment)
