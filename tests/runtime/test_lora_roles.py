@@ -26,13 +26,13 @@ from tests.runtime.test_run import recipe
 from tests.tiny import DIGITS, PlainSession, tiny_config, tiny_pipeline, tiny_trainer
 
 LORA: dict[str, Any] = {
-    "generator": {"lora_rank": 4, "lora_targets": "all", "lora_alpha": 8.0, "eps": 1e-3},
-    "critic": {"lora_rank": 2, "eps": 1e-3},
+    "generator": {"lora_rank": 4, "lora_targets": "all", "lora_alpha": 8.0, "eps": 1e-2},
+    "critic": {"lora_rank": 2, "eps": 1e-2},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dmd2": {},
     "dmd2, GAN on the teacher": {"method": {"gan_features": "teacher"}},
-    "sid": {"method": SiDConfig(), "teacher": DIGITS},
+    "sid": {"method": SiDConfig(generator_loss_scale=1.0), "teacher": DIGITS},
 }
 
 
@@ -75,7 +75,7 @@ def test_teacher_elsewhere_recomputed_activations_and_small_micro_batches_change
         assert torch.equal(recomputed[name], tensor), name
         assert torch.equal(pooled[name], tensor), name
     for name, tensor in after({"micro_batch_size": 2}).items():
-        assert (together[name] - tensor).abs().max() < 1e-5, name
+        assert (together[name] - tensor).abs().max() < 1e-6, name
 
 
 def test_roles_move_only_in_their_own_updates_and_the_base_never() -> None:
