@@ -115,12 +115,12 @@ def lora() -> RunConfig:
 
 
 _SD15 = DMD2Config(
-    critic_updates_per_generator=10,  # config: dfake_gen_update_ratio
-    timesteps=(999.0,),  # config: conditioning_timestep; unit noise
+    critic_updates_per_generator=10,  # config
+    timesteps=(999.0,),  # config: unit noise
     gan_weight_generator=0.0,  # stage 1 has no GAN
     gan_weight_critic=0.0,
-    dm_min_level=0.02,  # config: min_step_percent
-    dm_max_level=0.98,  # config: max_step_percent
+    dm_min_level=0.02,  # config
+    dm_max_level=0.98,  # config
 )
 
 
@@ -141,7 +141,7 @@ def sd15() -> RunConfig:
         name="dmd2_sd15",
         teacher=TeacherConfig(
             path="stable-diffusion-v1-5/stable-diffusion-v1-5",
-            guidance_scale=1.75,  # config: real_guidance_scale
+            guidance_scale=1.75,  # config
             dtype="bf16",  # config: the teacher in bf16
         ),
         method=_SD15,
@@ -180,8 +180,8 @@ def sd15_gan() -> RunConfig:
         name="dmd2_sd15_gan",
         method=replace(
             _SD15,
-            gan_weight_generator=1e-3,  # config: gen_cls_loss_weight
-            gan_weight_critic=1e-2,  # config: guidance_cls_loss_weight
+            gan_weight_generator=1e-3,  # config
+            gan_weight_critic=1e-2,  # config
             gan_start_update=4000,  # stage 1's length
         ),
         generator=replace(base.generator, lr_gan_stage=5e-7),  # config

@@ -44,13 +44,13 @@ def recipe() -> RunConfig:
 
 
 _PAPER = DMD2Config(
-    critic_updates_per_generator=5,  # config: dfake_gen_update_ratio
-    timesteps=(999.0, 749.0, 499.0, 249.0),  # config: range(999, 0, -250)
+    critic_updates_per_generator=5,  # config
+    timesteps=(999.0, 749.0, 499.0, 249.0),  # config
     rollout="backward_simulation",  # section 4.5
-    gan_weight_generator=5e-3,  # config: gen_cls_loss_weight
-    gan_weight_critic=1e-2,  # config: guidance_cls_loss_weight
-    dm_min_level=0.02,  # config: min_step_percent
-    dm_max_level=0.98,  # config: max_step_percent
+    gan_weight_generator=5e-3,  # config
+    gan_weight_critic=1e-2,  # config
+    dm_min_level=0.02,  # config
+    dm_max_level=0.98,  # config
 )
 
 
@@ -71,7 +71,7 @@ def paper() -> RunConfig:
         name="dmd2_sdxl_paper",
         teacher=TeacherConfig(
             path="stabilityai/stable-diffusion-xl-base-1.0",
-            guidance_scale=8.0,  # config: real_guidance_scale
+            guidance_scale=8.0,  # config
             dtype="bf16",  # config: the teacher in bf16
         ),
         method=_PAPER,
@@ -111,7 +111,7 @@ def one_step() -> RunConfig:
         name="dmd2_sdxl_one_step",
         method=replace(
             _PAPER,
-            timesteps=(399.0,),  # config: conditioning_timestep, with unit noise
+            timesteps=(399.0,),  # config: with unit noise
             regression_updates=warm_up,
             regression_teacher_steps=50,  # ours
             gan_start_update=warm_up,
