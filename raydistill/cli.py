@@ -159,6 +159,11 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
         "asha": False if arguments.no_asha else None,
         "share_teacher": False if arguments.own_teachers else None,
     }
+    if arguments.num_trials is not None and (arguments.search or config.search) == "grid":
+        raise ConfigError(
+            f"--num-trials {arguments.num_trials}: a grid has a trial for each combination; leave it out, or --search "
+            "random or optuna"
+        )
     config = replace(
         config,
         run=apply_overrides(config.run, arguments.overrides),
@@ -174,6 +179,8 @@ def _run_sweep(config: "SweepConfig", arguments: argparse.Namespace) -> int:
         if config.search != "optuna":
             for number, settings in enumerate(trials_of(config)):
                 print(f"trial {number}: {settings}")
+        else:
+            print(f"{config.count} trials, each chosen when it begins, by the figures of those before it")
         return 0
     from raydistill.runtime.local_cluster import address_to_join, prepare_to_join
 
@@ -439,10 +446,11 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise TerminatedError
 
     signal.signal(signal.SIGTERM, terminated)
-    stop_head = False
+    started = stop_head = False
     try:
         if arguments.address == "auto":
-            stop_head = local_cluster.up().started_now and arguments.stop_head
+            started = local_cluster.up().started_now
+            stop_head = started and arguments.stop_head
         result = submit_and_follow(entrypoint, arguments.working_dir, arguments.address)
     except JobGoesOnError:
         stop_head = False
@@ -454,6 +462,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         print(result.message, file=sys.stderr)
     ending = f"{result.status}, exit code {result.exit_code}"
     print(f"raydistill: job {result.submission_id} {ending}", file=sys.stderr)
+    if started and not stop_head:
+        print("raydistill: the Ray head that this started goes on; raydistill down stops it", file=sys.stderr)
     return result.exit_code
 
 

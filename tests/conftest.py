@@ -8,13 +8,8 @@ import pytest
 # pytest-xdist's processes, and Ray's, share the cores; one thread each, or OpenMP's barriers wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = {
-    "test_run.py": 0,
-    "test_sweep.py": 1,
-    "test_pool.py": 2,
-    "test_live.py": 3,
-    "test_local_cluster.py": 4,
-}
+LONGEST = ("test_sweep.py", "test_run.py", "test_pool.py", "test_s3_outage.py", "test_compare.py", "test_prepare_pool.py",
+           "test_live.py", "test_local_cluster.py")  # fmt: skip
 # tests of minutes, which start what they need themselves
 APART = ("test_run.py", "test_sweep.py")
 
@@ -23,7 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that start clusters come first, the longest before them, so that no process is left alone with them at
     the end."""
     slow = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: (LONGEST.get(item.path.name, len(LONGEST)), item.path not in slow))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (rank.get(item.path.name, len(rank)), item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)

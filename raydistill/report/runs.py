@@ -35,6 +35,8 @@ SWEEP = "sweep.json"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _GRID = re.compile(r"grid_(\d+)\.png")
 METHOD_PROTOCOL = ("sampler", "num_steps")
+_SHOWN_SETTINGS = 3
+"""Of a sweep's trials, in the names that they have here."""
 
 
 class NoFiguresError(ConfigError):
@@ -60,6 +62,8 @@ class Run:
     read_picture: Callable[[int], bytes]
     state: str = ""
     """How it ended, where a sweep or MLflow says so."""
+    snapshot: int = 0
+    """The newest one's step; 0 where none is known."""
 
     @property
     def protocol(self) -> Protocol:
@@ -95,7 +99,7 @@ class Run:
     def updates(self) -> int:
         """Generator updates made, as far as is known."""
         counted = self.points["generator_updates"]
-        return max(max(self.figures), counted[-1][0] if counted else 0)
+        return max(max(self.figures), counted[-1][0] if counted else 0, self.snapshot)
 
     def at(self, counter: str, step: int) -> float | None:
         """A counter at a step, which grows evenly beside the steps at which it was logged; None where it never was."""
@@ -172,11 +176,25 @@ def _sweep(folder: Path) -> list[tuple[str, Callable[[], Run]]]:
     try:
         trials = json.loads((folder / SWEEP).read_text())["trials"]
         known = [{key: trial[key] for key in ("name", "state", "run_dir", "settings")} for trial in trials]
-        return [(f"{trial['name']} ({trial['state']})", partial(_trial, folder, trial)) for trial in known]
+        return [
+            (f"{_label(folder, trial)} ({trial['state']})", partial(_trial, folder, trial)) for trial in known
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / SWEEP} is no sweep's record: {type(error).__name__}: {error}"
         ) from error
+
+
+def _label(folder: Path, trial: Mapping[str, Any]) -> str:
+    """Its number, and what it was tried with: more than the run's name says to those who look at a chart."""
+    settings = trial["settings"]
+    tried = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in settings.items())
+    number = str(trial["name"]).removeprefix(f"{folder.resolve().name}-")
+    return f"{number}: {tried}" if 0 < len(settings) <= _SHOWN_SETTINGS else str(trial["name"])
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _trial(folder: Path, trial: Mapping[str, Any]) -> Run:
@@ -187,7 +205,9 @@ def _trial(folder: Path, trial: Mapping[str, Any]) -> Run:
         raise NoFiguresError(f"trial {trial['name']} has no figures so far")
     run = read_folder(run_dir)
     settings = {name: str(value) for name, value in trial["settings"].items()}
-    return replace(run, name=str(trial["name"]), settings={**run.settings, **settings}, state=trial["state"])
+    return replace(
+        run, name=_label(folder, trial), settings={**run.settings, **settings}, state=trial["state"]
+    )
 
 
 def _recorded(history: History, recorded: Sequence[RecordedRun]) -> list[tuple[str, Callable[[], Run]]]:
@@ -242,7 +262,7 @@ def read_folder(folder: Path) -> Run:
     pictures = {
         int(match[1]): path for path in (folder / "artifacts" / "grids").glob("*") if (match := _named(path))
     }
-    return _run(
+    run = _run(
         folder.resolve().name,
         str(folder),
         {name: str(value) for name, value in settings.items()},
@@ -251,6 +271,7 @@ def read_folder(folder: Path) -> Run:
         sorted(pictures),
         lambda step: pictures[step].read_bytes(),
     )
+    return replace(run, snapshot=steps[-1] if steps else 0)
 
 
 def read_recorded(history: History, recorded: RecordedRun) -> Run:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from raydistill.checkpoint import Snapshots
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.eval.protocol import cost
 from raydistill.sweep.config import Range, Settings, SweepConfig
@@ -36,7 +37,7 @@ class Row:
     """The generator update it belongs to."""
     state: State = "pending"
     generator_updates: int = 0
-    """Of the newest figure; all of them once it is finished, though its last evaluation may have failed."""
+    """Made, as far as its figures and snapshots tell."""
     error: str | None = None
 
 
@@ -72,9 +73,8 @@ class Board:
         found = {s: v for s, v in figures_of(row.run_dir, self.config.figure).items() if math.isfinite(v)}
         if found:
             row.step = min(found, key=lambda step: (cost(self.config.figure, found[step]), step))
-            row.metric, row.generator_updates = found[row.step], max(found)
-        if state == "finished":
-            row.generator_updates = self.config.run.train.generator_updates
+            row.metric = found[row.step]
+        row.generator_updates = max([0, *found, *Snapshots(f"{row.run_dir}/snapshots", keep=1).steps()])
         self.save()
         self.show()
 

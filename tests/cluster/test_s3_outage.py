@@ -1,4 +1,7 @@
-"""The main job with shards and snapshots on S3 over HTTP, which goes away in mid-run, and then the machine does."""
+"""The main job with shards and snapshots on S3 over HTTP, which goes away in mid-run.
+
+That the machine may go, too: tests/runtime/test_uploads.py, and with a whole job `python cluster/s3_outage.py`.
+"""
 
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from s3_service import S3Service
 sys.path.pop(0)
 
 
-def test_an_outage_and_another_machine_change_no_figure_and_lose_no_snapshot(
+def test_an_outage_changes_no_figure_and_loses_no_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with S3Service(tmp_path / "moto.log") as service:
@@ -21,11 +24,8 @@ def test_an_outage_and_another_machine_change_no_figure_and_lose_no_snapshot(
         drill = Drill(tmp_path, service, 12, ["placement.session=inline", "evaluator.every=12"])
         drill.undisturbed()
         outage = drill.outage(4.0)
-        moved = drill.moved()
     assert outage["uploads that failed"] + outage["reads that were tried again"] > 0, outage
     assert outage["figures"] > 12 * 10
     assert is_right(outage), outage
-    assert moved["went on from update"] >= 4, moved
-    assert is_right(moved), moved
     for log in tmp_path.glob("*.log"):
         assert service.environment["AWS_SECRET_ACCESS_KEY"] not in log.read_text()

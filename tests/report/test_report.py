@@ -193,12 +193,14 @@ def test_a_sweeps_folder_stands_for_its_trials_under_their_names(folders: list[P
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "sweep", "trials": trials}))
     page = Page(write_report([tmp_path], tmp_path / "sweep.html", "a sweep"))
     lines = page.tables["Final figures"][1:5]
-    assert [line[0] for line in lines] == [f"trial_{number}" for number in range(4)]
+    names = [f"trial_{number}: lr {1e-3 * (number + 1):.3g}" for number in range(4)]
+    assert sorted(line[0].removesuffix(" (the best)") for line in lines) == names
+    assert sum(line[0].endswith(" (the best)") for line in lines) == 1
     assert [line[11] for line in lines] == ["4 of 4", *["4 of 4, stopped"] * 3]
     (rates,) = [line for line in page.tables["Settings that differ"] if line[0] == "critic.lr"]
     assert rates[1:] == [str(0.001 * (number + 1)) for number in range(4)]
     assert (
-        "Left out, because nothing of them has been evaluated so far: trial_9 (pending)."
+        "Left out, because nothing of them has been evaluated so far: trial_9: lr 0.001 (pending)."
         in page.sections["a sweep"]
     )
 

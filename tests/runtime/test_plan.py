@@ -385,4 +385,6 @@ def test_bench_measures_a_job_and_says_what_is_wrong_with_it_in_a_line(tmp_path:
         [*command, "--job", "dmd2", "--preset", "none"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("bench_step: error: --preset 'none' is unknown; valid: long, four_step")
+    assert done.stderr.startswith(
+        "bench_step: error: --preset 'none' is unknown; valid: long, lora, four_step, "
+    )
