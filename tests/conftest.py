@@ -8,8 +8,10 @@ import pytest
 # pytest-xdist's processes, and Ray's, share the cores; one thread each, or OpenMP's barriers wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = ("test_sweep.py", "test_run.py", "test_pool.py", "test_s3_outage.py", "test_compare.py", "test_prepare_pool.py",
-           "test_live.py", "test_local_cluster.py")  # fmt: skip
+LONGEST = (
+    "test_sweep.py", "test_run.py", "test_pool.py", "test_s3_outage.py", "test_compare.py", "test_prepare_pool.py",
+    "test_live.py", "test_local_cluster.py",
+)  # fmt: skip
 # tests of minutes, which start what they need themselves
 APART = ("test_run.py", "test_sweep.py")
 
