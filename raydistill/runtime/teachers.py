@@ -10,6 +10,7 @@ differ in it. The ranks' side is `raydistill.runtime.pool`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import socket
 import threading
@@ -303,6 +304,8 @@ class _PoolManager:
         denoiser = tuned_teacher(config, pipeline, torch.device("cpu"))
         weights = ray.put(wire.pack_weights(denoiser.state_dict()))
         self._args = (Packed.of(denoiser), weights, null)
+        del pipeline, denoiser
+        gc.collect()  # networks hold themselves in cycles: their weights would stay here beside those in the store
         placement = config.placement
         spec = PoolSpec(
             identity=teacher_identity(config, fingerprint),
