@@ -113,12 +113,20 @@ def look(processes: list[psutil.Process], signature: bytes) -> dict[str, Any]:
     for process in processes:
         process.suspend()  # nothing moves meanwhile
     try:
-        places = {place for process in processes for place in _places(process, signature)}
+        found = {place: process for process in processes for place in _places(process, signature)}
+        holders = sorted(
+            "object store" if isinstance(place[0], str) else _named(process)
+            for place, process in found.items()
+        )
         memory = sum(process.memory_full_info().pss for process in processes)
     finally:
         for process in processes:
             process.resume()
-    return {"copies": len(places), "gib_of_all_processes": round(memory / 2**30, 2)}
+    return {"copies": len(found), "held_by": holders, "gib_of_all_processes": round(memory / 2**30, 2)}
+
+
+def _named(process: psutil.Process) -> str:
+    return " ".join(process.cmdline()[:1])
 
 
 def _places(process: psutil.Process, signature: bytes) -> Iterator[tuple[Any, ...]]:
@@ -182,6 +190,7 @@ def main() -> int:
                     print(log.read_text()[-3000:], file=sys.stderr)
                 return 2
             print(f"{name:<28}{found['copies']:>18}{found['gib_of_all_processes']:>12.2f} GiB", flush=True)
+            print(f"    held by {', '.join(found['held_by'])}")
             figures["shared" if shared else "own"] = found
     same = figures["shared"].pop("losses") == figures["own"].pop("losses")
     print(f"the losses of both trials are {'the same' if same else 'NOT THE SAME'} in both sweeps")
