@@ -126,7 +126,7 @@ def test_a_sweep_that_is_killed_goes_on_and_keeps_what_is_done(tmp_path: Path) -
     assert f"best: {best['name']}" in done.stdout
     assert Path(after["export"], "edm.json").is_file()
     page = Path(after["report"]).read_text()
-    assert all(f"00{n}: alpha " in page for n in range(3))
+    assert all(f"00{n}: lr " in page for n in range(4))
     assert "report: runs/sweep/report.html" in done.stdout
 
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
