@@ -10,6 +10,7 @@ differ in it. The ranks' side is `raydistill.runtime.pool`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import socket
@@ -61,6 +62,14 @@ class PoolSpec:
     kept_graphs: int
     compile: bool
     transport: wire.Transport
+
+
+def _give_back_memory() -> None:
+    """Weights that are in the object store would stay here, too: networks hold themselves in cycles until Python looks
+    for such, and what is freed stays with glibc."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def teacher_identity(config: RunConfig, fingerprint: str) -> str:
@@ -305,7 +314,7 @@ class _PoolManager:
         weights = ray.put(wire.pack_weights(denoiser.state_dict()))
         self._args = (Packed.of(denoiser), weights, null)
         del pipeline, denoiser
-        gc.collect()  # networks hold themselves in cycles: their weights would stay here beside those in the store
+        _give_back_memory()
         placement = config.placement
         spec = PoolSpec(
             identity=teacher_identity(config, fingerprint),
