@@ -6,7 +6,7 @@ python jobs/dmd2_coco.py method.critic_updates_per_generator=10 name=ratio10
 python jobs/dmd2_coco.py --preset long              towards the teacher's own quality, for most of an hour
 python jobs/dmd2_coco.py --preset lora              generator and critic as adapters in the teacher
 python jobs/dmd2_coco.py --preset four_step         four steps with backward simulation
-python jobs/dmd2_coco.py --preset sd15 --dry-run teacher.path=random:sd15    the paper's SD1.5 recipe, stage 1
+python jobs/dmd2_coco.py --preset sd15 --dry-run    the paper's SD1.5 recipe, stage 1: nothing is downloaded
 python jobs/dmd2_coco.py --preset sd15_gan          stage 1 and then stage 2, with the GAN
 ray job submit -- python jobs/dmd2_coco.py          the same as a Ray job
 """

@@ -1,9 +1,9 @@
 """DMD2 of an SDXL-shaped teacher: two text encoders, pooled embeddings, time ids.
 
-python jobs/dmd2_sdxl.py                            four steps on the embedded miniature, minutes on two cores
-python jobs/dmd2_sdxl.py --preset paper --dry-run teacher.path=random:sdxl      the paper's four-step recipe
-python jobs/dmd2_sdxl.py --preset one_step --dry-run teacher.path=random:sdxl   one step from t=399, with its warm-up
-ray job submit -- python jobs/dmd2_sdxl.py          the same as a Ray job
+python jobs/dmd2_sdxl.py                               four steps on the embedded miniature, minutes on two cores
+python jobs/dmd2_sdxl.py --preset paper --dry-run      the paper's four-step recipe; nothing is downloaded
+python jobs/dmd2_sdxl.py --preset one_step --dry-run   one step from t=399, with its warm-up
+ray job submit -- python jobs/dmd2_sdxl.py             the same as a Ray job
 """
 
 from dataclasses import replace

@@ -280,12 +280,16 @@ def load_pipeline(path: str, *, prediction: str = "auto", revision: str | None =
 
 def scheduler_config(path: str, *, prediction: str = "auto", revision: str | None = None) -> dict[str, Any]:
     """A pipeline's scheduler settings, with `prediction` for its own unless auto. Raises ConfigError if it has none."""
-    folder = local_folder(path, revision)
+    folder = local_folder(path, revision, weights=False)
     config: dict[str, Any] = read_json(folder / "scheduler" / "scheduler_config.json", path)
     return config if prediction == "auto" else config | {"prediction_type": prediction}
 
 
-def local_folder(path: str, revision: str | None) -> Path:
+def local_folder(path: str, revision: str | None, *, weights: bool = True) -> Path:
+    """The folder that `teacher.path` means; a hub id's is downloaded, without weights only its settings.
+
+    Raises ConfigError if there is none or the hub does not give it.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -294,7 +298,7 @@ def local_folder(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt"] + ["*/*.safetensors"] * weights
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -340,7 +344,7 @@ def denoiser_on_meta(
 
     Raises ConfigError as `load_pipeline` does.
     """
-    folder = local_folder(path, revision)
+    folder = local_folder(path, revision, weights=False)
     index = read_json(folder / "model_index.json", path)
     schedule, predicted = _schedule(path, scheduler_config(path, prediction=prediction, revision=revision))
     text = read_json(folder / "text_encoder" / "config.json", path)

@@ -94,6 +94,14 @@ _SHAPES = {
 }
 
 
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
+    "runwayml/stable-diffusion-v1-5": "random:sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
+}
+"""Hub ids whose shapes and schedule need no download."""
+
+
 def is_random_sd(path: str) -> bool:
     """Whether teacher.path means one of these."""
     return path.startswith("random:") and not path.startswith("random:edm-")

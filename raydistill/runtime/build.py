@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from raydistill.models.edm_pipeline import edm_on_meta, is_edm, load_edm_pipelin
 from raydistill.models.heads import BottleneckHead
 from raydistill.models.lora import SharedBase
 from raydistill.models.pipeline import Pipeline, trainable
-from raydistill.models.random_sd import RandomSDPipeline, is_random_sd, random_sd_on_meta
+from raydistill.models.random_sd import PUBLISHED, RandomSDPipeline, is_random_sd, random_sd_on_meta
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.instant_critic import InstantCriticTrainer
@@ -47,10 +48,14 @@ def build_pipeline(config: RunConfig) -> Pipeline:
 def denoiser_on_meta(config: RunConfig) -> tuple[Denoiser, dict[str, tuple[int, ...]]]:
     """The teacher's network without weights, and the shapes of one sample's conditions, from small files.
 
+    Stable Diffusion 1.5 and XL by their hub ids are known here; of other ids the small files are downloaded.
+
     Raises ConfigError if the teacher can't be read.
     """
     teacher = config.teacher
     path = teacher_folder(teacher)
+    if not Path(path).is_dir() and teacher.prediction == "auto" and teacher.revision is None:
+        path = PUBLISHED.get(path, path)
     if is_edm(path):
         _require_own_prediction(teacher, "EDM")
         return edm_on_meta(path)

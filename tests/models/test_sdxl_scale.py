@@ -190,10 +190,14 @@ def test_pushing_without_a_token_or_a_hub_is_one_line(
     ("job", "preset", "teacher"),
     [("dmd2_coco", "sd15_gan", "random:sd15"), ("dmd2_sdxl", "one_step", "random:sdxl")],
 )
-def test_papers_presets_are_planned_without_a_download(job: str, preset: str, teacher: str) -> None:
+@pytest.mark.parametrize("as_published", [True, False])
+def test_papers_presets_are_planned_without_a_download(
+    job: str, preset: str, teacher: str, as_published: bool, tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", preset, "--dry-run", f"teacher.path={teacher}"],
-        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", preset, "--dry-run"]
+        + [f"teacher.path={teacher}"] * (not as_published),
+        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -203,12 +207,21 @@ def test_papers_presets_are_planned_without_a_download(job: str, preset: str, te
     assert rows["generator"][1] == f"{gib:.4f}"
 
 
-def test_a_hub_id_without_a_network_is_one_line_that_names_teacher_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hub_id", "arguments"),
+    [
+        ("someone/their-model", ("--dry-run", "teacher.path=someone/their-model")),
+        ("stabilityai/stable-diffusion-xl-base-1.0", ("evaluator.enabled=false", "placement.session=inline")),
+    ],
+)
+def test_a_hub_id_without_a_network_is_one_line_that_names_teacher_path(
+    tmp_path: Path, hub_id: str, arguments: tuple[str, ...]
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "dmd2_sdxl.py"), "--preset", "paper", "--dry-run"],
+        [sys.executable, str(ROOT / "jobs" / "dmd2_sdxl.py"), "--preset", "paper", *arguments],
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "teacher.path='stabilityai/stable-diffusion-xl-base-1.0'" in done.stderr
+    assert f"teacher.path={hub_id!r}" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
