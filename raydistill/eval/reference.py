@@ -36,13 +36,16 @@ class Reference:
 
 
 def read_statistics(file: str | Path) -> Reference:
-    """A .npz with `mu` and `sigma`, as EDM and clean-fid write them. Nothing in it is unpickled.
+    """A .npz with `mu` and `sigma`, as EDM and clean-fid write them, or with `feats` [M, 2048], clean-fid's *_kid.npz.
+    Nothing in it is unpickled.
 
     Raises ConfigError if it can't be read or holds something else.
     """
     what = f"evaluator.reference={file}"
     try:
         with np.load(file, allow_pickle=False) as arrays:
+            if "feats" in arrays.files:
+                return _of_features(np.asarray(arrays["feats"], dtype=np.float32), what)
             if missing := {"mu", "sigma"} - set(arrays.files):
                 raise ConfigError(
                     f"{what} lacks {', '.join(sorted(missing))}; it holds {', '.join(arrays.files) or 'nothing'}"
@@ -63,6 +66,20 @@ def read_statistics(file: str | Path) -> Reference:
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6):
         raise ConfigError(f"{what}: its sigma is not symmetric, so it is no covariance")
     return Reference(Gaussian(mean, (covariance + covariance.T) / 2), None)
+
+
+def _of_features(rows: np.ndarray, what: str) -> Reference:
+    if rows.ndim != 2 or rows.shape[1] != NUM_FEATURES or len(rows) < 2:
+        raise ConfigError(
+            f"{what} has feats {list(rows.shape)}, not [2 or more, {NUM_FEATURES}]: it is of another detector"
+        )
+    if not np.isfinite(rows).all():
+        raise ConfigError(f"{what} holds values that are not finite")
+    features = torch.from_numpy(rows)
+    statistics = FeatureStatistics()
+    for part in features.split(1024):
+        statistics.update(part)
+    return Reference(statistics, features)
 
 
 def image_files(folder: str | Path) -> list[Path]:

@@ -222,7 +222,16 @@ def test_statistics_are_read_as_edm_and_clean_fid_write_them(tmp_path: Path) -> 
     assert frechet_distance(measured_by_us, reference.statistics) == pytest.approx(
         0.0, abs=1e-6 * np.trace(covariance)
     )
+    np.savez_compressed(tmp_path / "ref_kid.npz", feats=features)  # as clean-fid's make_custom_stats
+    for_kid = read_statistics(tmp_path / "ref_kid.npz")
+    assert for_kid.features is not None
+    np.testing.assert_array_equal(for_kid.features.numpy(), features.astype(np.float32))
+    assert frechet_distance(measured_by_us, for_kid.statistics) == pytest.approx(
+        0.0, abs=1e-6 * np.trace(covariance)
+    )
     bad = {
+        r"feats \[40, 3\].*another detector": {"feats": features[:, :3]},
+        "values that are not finite": {"feats": features * np.inf},
         "lacks sigma; it holds mu": {"mu": mean},
         r"mu \[3\] and sigma \[3, 3\].*another detector": {"mu": mean[:3], "sigma": covariance[:3, :3]},
         "not finite": {"mu": mean * np.nan, "sigma": covariance},
