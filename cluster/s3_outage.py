@@ -7,8 +7,8 @@ starts an S3 service on this machine (s3_service.py), runs jobs/dmd2_coco.py sma
 1. undisturbed: shards and snapshots in local folders;
 2. outage: shards and snapshots on S3 over HTTP, the service killed with SIGKILL in mid-run and started again after so
    many seconds;
-3. moved: the same, the run itself killed with SIGKILL and its folder deleted, then the same command "on another
-   machine", which has nothing but what is on S3.
+3. moved: the same, the run itself killed with SIGKILL, then the same command with another, empty output_dir, as on
+   another machine, which has nothing but what is on S3.
 
 Prints what happened; exit code 0 if 2 and 3 came to the figures and weights of 1 and S3 has every snapshot whole.
 """
@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,10 +121,13 @@ class Drill:
             "restarts": int(max(v for _, v in points(self.run_dir("outage"), "restarts"))),
             "reads that were tried again": printed.count("next attempt in"),
             "told": _told(printed, ("snapshots wait", "takes snapshots again")),
-        } | self._compared("outage")
+        } | self._compared("outage", uploaded="outage")
 
     def moved(self) -> dict[str, Any]:
-        """The run killed once a third of its updates is on S3, its folder deleted, and begun where nothing is."""
+        """The run killed once a third of its updates is on S3, and begun where nothing is.
+
+        In a folder of its own: under Ray the killed driver's workers may write into the old one for some seconds more.
+        """
         run = self.start("moved", *self.on_s3("moved"))
         try:
             self._wait(run, "moved", lambda: max(self.copies("moved"), default=0) >= self.updates // 3)
@@ -133,14 +135,14 @@ class Drill:
             run.kill()
             run.wait()
         reached = last_update(self.run_dir("moved"))
-        shutil.rmtree(self.folder / "moved")
-        printed = self.finish("moved", self.start("moved", *self.on_s3("moved")))
+        elsewhere = "moved_elsewhere"
+        printed = self.finish(elsewhere, self.start(elsewhere, *self.on_s3("moved")))
         resumed = re.findall(r"resumed from \S+step_0*(\d+)", printed)
         return {
             "killed after update": reached,
             "went on from update": int(resumed[-1]) if resumed else None,
             "told": _told(printed, ("fetched",)),
-        } | self._compared("moved")
+        } | self._compared(elsewhere, uploaded="moved")
 
     def copies(self, name: str) -> list[int]:
         return Snapshots(f"s3://{BUCKET}/{name}/run/snapshots", 1, self.service.endpoint).steps()
@@ -154,7 +156,7 @@ class Drill:
             time.sleep(0.1)
         return found
 
-    def _compared(self, name: str) -> dict[str, Any]:
+    def _compared(self, name: str, uploaded: str) -> dict[str, Any]:
         expected, found = figures(self.run_dir("undisturbed")), figures(self.run_dir(name))
         # the evaluator takes the newest snapshot only: under Ray a figure in the middle may be passed over
         optional = {
@@ -162,7 +164,7 @@ class Drill:
         }
         wanted = expected.keys() - optional
         local = Snapshots(str(self.run_dir(name) / "snapshots"), 1)
-        remote = Snapshots(f"s3://{BUCKET}/{name}/run/snapshots", 1, self.service.endpoint)
+        remote = Snapshots(f"s3://{BUCKET}/{uploaded}/run/snapshots", 1, self.service.endpoint)
         whole = [
             step for step in remote.steps() if remote.read(step).num_bytes
         ]  # reads and checks every byte
