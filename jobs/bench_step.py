@@ -182,7 +182,14 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, Any]:
         "samples_per_s": batch * (ratio + trainer.method.critic_first) / median,
         "forward_equivalents": equivalents,
         "forward_equivalents_planned": planned.forwards,
-        "recomputed": config.train.activation_checkpointing,
+        "planned_but_not_counted": [
+            what
+            for what, there in (
+                ("what train.activation_checkpointing computes again", config.train.activation_checkpointing),
+                ("the forward-mode part of a tangent", bool(trainer.method.needs.instant_critic)),
+            )
+            if there
+        ],
         "peak_gib": peak - (0.0 if arguments.gpu else baseline),
         "peak_gib_planned": planned.total_bytes / GIB,
         "process_gib_before": baseline,
@@ -358,8 +365,8 @@ def show(result: dict[str, Any]) -> None:
     for role, counted in result["forward_equivalents"].items():
         planned = result["forward_equivalents_planned"][role]
         print(f"  {role:<10} {counted:7.2f} forward equivalents, planned {planned:7.2f}")
-    if result["recomputed"]:
-        print("  (the hooks miss what train.activation_checkpointing computes again, the plan counts it)")
+    for what in result["planned_but_not_counted"]:
+        print(f"  (planned, but not seen by the hooks that count: {what})")
     if "role_seconds" not in result:
         return
     print("  seconds of the phases, for the whole batch:")

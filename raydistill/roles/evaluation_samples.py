@@ -94,8 +94,9 @@ class EvaluationSamples:
         null = self._pipeline.null_cond(columns)
         real = denoise_guided(self._pipeline.denoiser, x_t, middle, cond, null, self._guidance_scale)
         fake = critic(x_t, middle, cond)
+        steps = len(self._method.sampling_times)
         rows = [
-            (f"generator, {len(self._method.sampling_times)} step, update {step}", x),
+            (f"generator, {steps} step{'s' * (steps > 1)}, update {step}", x),
             ("teacher's x0 of it at sigma 1", real),
             ("critic's x0 of it at sigma 1", fake),
         ]
