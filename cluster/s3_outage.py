@@ -10,7 +10,13 @@ starts an S3 service on this machine (s3_service.py), runs jobs/dmd2_coco.py sma
 3. moved: the same, the run itself killed with SIGKILL, then the same command with another, empty output_dir, as on
    another machine, which has nothing but what is on S3.
 
-Prints what happened; exit code 0 if 2 and 3 came to the figures and weights of 1 and S3 has every snapshot whole.
+    python cluster/s3_outage.py --ranks
+
+runs instead a third of the updates on one worker under Ray Train, a third on two and the last on one again, each in an
+empty folder, from the snapshots on S3 of the one before; their losses and gradient norms must be those of 1 to 1e-5.
+
+Prints what happened; exit code 0 if all came to the figures (and 2 and 3 to the very weights) of 1 and S3 has every
+snapshot whole.
 """
 
 from __future__ import annotations
@@ -46,6 +52,8 @@ COMPARED = (
     "loss/", "grad_norm/", "critic/", "sample/", "lr/", "images", "eval/toyfid", "eval/prompt", "eval/teacher_"
 )  # fmt: skip
 _RUN_S = 900.0
+_SAME = 1e-5
+"""Of losses that two ranks add up in another order than one, relative."""
 
 
 class Drill:
@@ -144,6 +152,23 @@ class Drill:
             "told": _told(printed, ("fetched",)),
         } | self._compared(elsewhere, uploaded="moved")
 
+    def ranks(self) -> dict[str, Any]:
+        """One worker, two, and one again, in folders of their own on one address of snapshots."""
+        went_on = []
+        for number, workers in enumerate((1, 2, 1), start=1):
+            name, updates = f"part_{number}", self.updates * number // 3
+            more = (f"train.generator_updates={updates}", f"placement.workers={workers}")
+            printed = self.finish(name, self.start(name, *self.on_s3("ranks"), *more))
+            went_on += re.findall(r"resumed from \S+step_0*(\d+)", printed)[-1:]
+        expected, found = figures(self.run_dir("undisturbed")), figures(self.run_dir("part_3"))
+        keys = [key for key in expected if key[0].startswith(("loss/", "grad_norm/", "images"))]
+        differences = [abs(found.get(key, torch.inf) / expected[key] - 1) for key in keys if expected[key]]
+        return {
+            "went on from updates": [int(step) for step in went_on],
+            "figures": len(differences),
+            "largest relative difference": max(differences),
+        }
+
     def copies(self, name: str) -> list[int]:
         return Snapshots(f"s3://{BUCKET}/{name}/run/snapshots", 1, self.service.endpoint).steps()
 
@@ -233,6 +258,7 @@ def main() -> int:
     )
     parser.add_argument("--outage", type=float, default=20.0, metavar="S", help="seconds (%(default)s)")
     parser.add_argument("--updates", type=int, default=100, help="of each run (%(default)s)")
+    parser.add_argument("--ranks", action="store_true", help="other numbers of ranks instead of outages")
     parser.add_argument(
         "overrides", nargs="*", help="settings of the runs, for instance placement.session=inline"
     )
@@ -243,6 +269,10 @@ def main() -> int:
             os.environ.update(service.environment)
             drill = Drill(folder, service, arguments.updates, arguments.overrides)
             drill.undisturbed()
+            if arguments.ranks:
+                result = drill.ranks()
+                print("\n".join(f"{what}: {value}" for what, value in result.items()))
+                return 0 if result["largest relative difference"] < _SAME else 1
             results = {"outage": drill.outage(arguments.outage), "moved": drill.moved()}
     for name, result in results.items():
         print(f"{name}:")
