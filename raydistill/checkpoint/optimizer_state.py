@@ -36,10 +36,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    shapes: list[list[list[int]]] | None = None,
 ) -> None:
     """Put what `pack_optimizer` returned into an optimiser over parameters of the same shapes in the same
     order.
+
+    shapes: of the whole parameters by group, where the optimiser and `tensors` hold rows of them.
 
     The settings (learning rate, betas, ...) become the saved ones too. Raises CheckpointError if the kind of
     optimiser, the number of parameters or a parameter's shape differs.
@@ -49,7 +54,7 @@ def unpack_optimizer(
         raise CheckpointError(
             f"the snapshot holds the state of {state['optimizer']}, this run's optimiser is {kind}"
         )
-    saved, here = state["shapes"], _shapes(optimizer)
+    saved, here = state["shapes"], shapes or _shapes(optimizer)
     if [len(group) for group in saved] != [len(group) for group in here]:
         raise CheckpointError(
             f"the snapshot's {kind} has {[len(group) for group in saved]} parameters per group, this run's "

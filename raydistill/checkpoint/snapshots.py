@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,9 @@ from raydistill.checkpoint.manifest import (
     to_json,
     verify,
 )
-from raydistill.checkpoint.tensor_file import TensorFile, read_tensors
+from raydistill.checkpoint.sharded import join, role_of
+from raydistill.checkpoint.tensor_file import TensorFile
+from raydistill.diffusion.shards import Rows
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.object_store import is_remote
 
@@ -36,7 +38,7 @@ class Snapshot:
     """One complete snapshot, its hashes already checked.
 
     `step` and `path` say which one it is; `manifest` is the dict that was given to `Snapshots.commit`;
-    `roles` are the parts it holds and `num_bytes` their size.
+    `roles` are those it holds, each in one part or in parts of several ranks, and `num_bytes` their size.
     """
 
     def __init__(
@@ -46,23 +48,30 @@ class Snapshot:
         self.step = step
         self.path = path
         self.manifest: dict[str, Any] = document["manifest"]
-        self.roles = sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
+        self._parts: dict[str, list[str]] = {}
+        for name in sorted(name.removesuffix(".json") for name in files if name.endswith(".json")):
+            self._parts.setdefault(role_of(name), []).append(name)
+        self.roles = sorted(self._parts)
         self.num_bytes = sum(int(entry["bytes"]) for entry in files.values())
         self._folder = folder
         self._keep_alive = keep_alive  # the local copy of a remote snapshot lives as long as this object
 
-    def part(self, role: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def part(
+        self, role: str, rows: Mapping[str, Rows] | None = None, prefix: str = ""
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights (on the CPU, in memory of their own) and the JSON state that `role` wrote.
 
-        Raises CheckpointError if the snapshot has no such part or if its file is not safetensors.
+        rows: tensors of which only these rows are read, by however many ranks they were written; prefix: how the names
+        of the tensors begin that are read.
+
+        Raises CheckpointError if the snapshot has no such part, if its file is not safetensors, if the part of a rank
+        is missing, or if a tensor has not the number of rows that is asked for.
         """
         if role not in self.roles:
             raise CheckpointError(
                 f"snapshot {self.path} has no part {role!r}; it holds {', '.join(self.roles)}"
             )
-        weights = read_tensors(self._folder / f"{role}.safetensors", f"{self.path}/{role}.safetensors")
-        state = json.loads((self._folder / f"{role}.json").read_text())["state"]
-        return weights, state
+        return join(self._folder, self._parts[role], self.path, rows or {}, prefix)
 
 
 class Snapshots:

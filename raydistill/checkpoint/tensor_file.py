@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -77,21 +77,41 @@ class TensorFile:
         return digest.hexdigest()
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a local safetensors file; `name` is how errors call it.
+class TensorReader:
+    """A local safetensors file that is read tensor by tensor, or in rows; for a `with` statement.
 
-    Raises CheckpointError for any other.
+    Raises CheckpointError for a file of another kind.
     """
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # cloned, since safe_open maps the file, which retention may delete
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is not safetensors ({error}); pickled weights are never loaded"
-        ) from error
+    def __init__(self, path: Path, name: str) -> None:
+        """name: how errors call it."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{name} is not safetensors ({error}); pickled weights are never loaded"
+            ) from error
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *of_error: Any) -> None:
+        self._file.__exit__(*of_error)
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        shape: list[int] = self._file.get_slice(name).get_shape()
+        return shape
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or rows of it, in memory of its own: the file is mapped, and retention may delete it."""
+        tensor: Tensor = self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
+        return tensor.clone()
 
 
 def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

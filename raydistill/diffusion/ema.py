@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from raydistill.diffusion.shards import held_state
 from raydistill.errors import CheckpointError, ConfigError
 
 
@@ -14,7 +15,8 @@ class EMA:
     """Average of the weights that a module had, those of `halflife_images` images ago counting half.
 
     Call `update` when the module has been updated, and only then. Parameters are averaged, in float32 at
-    least: in bfloat16 small steps would be lost. Buffers are copied.
+    least: in bfloat16 small steps would be lost. Buffers are copied. Of a sharded module each process averages the rows
+    that it holds.
 
     With `ramp`, the half-life is at most `ramp * images_seen`, so that a young average follows the weights:
     EDM's warm-up (arXiv:2206.00364; 0.05 in its code), whose first update copies them. Only then does the
@@ -34,7 +36,7 @@ class EMA:
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self._averaged: dict[str, Tensor] = {}
         self._copied: dict[str, Tensor] = {}
-        for name, tensor in module.state_dict().items():
+        for name, tensor in held_state(module).items():
             if name in parameters and tensor.is_floating_point():
                 self._averaged[name] = tensor.to(_average_dtype(tensor), copy=True)
             else:
@@ -50,7 +52,7 @@ class EMA:
             halflife = min(halflife, self.ramp * self.images_seen)
         decay = 0.5 ** (images / halflife) if halflife > 0 else 0.0
         self.images_seen += images
-        state = self._module.state_dict()
+        state = held_state(self._module)
         averaged = list(self._averaged.values())
         weights = [state[name].to(average.dtype) for name, average in self._averaged.items()]
         if averaged:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydistill.diffusion.guidance import guide
 from raydistill.diffusion.parametrization import Prediction
 from raydistill.diffusion.schedules import NoiseSchedule
+from raydistill.diffusion.shards import held_state
 from raydistill.errors import ConfigError
 
 Again = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -72,6 +73,11 @@ class Denoiser(nn.Module, ABC):
     def network(self) -> nn.Module:
         """The module that does the work, which is compiled, counted and laid out in memory."""
         return self
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Parts that are called one after the other: where the network is sharded, each is gathered on its own."""
+        return ()
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -195,5 +201,5 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def state_for_saving(module: nn.Module) -> dict[str, Any]:
-    """Weights as contiguous tensors, ready for safetensors."""
-    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    """Weights as contiguous tensors, ready for safetensors; of a sharded module this process's rows."""
+    return {name: tensor.contiguous() for name, tensor in held_state(module).items()}

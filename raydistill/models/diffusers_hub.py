@@ -68,6 +68,17 @@ class UNetDenoiser(Denoiser):
     def network(self) -> nn.Module:
         return self.unet
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its residual blocks, transformers and resamplers."""
+        unet = self.unet
+        lists = [
+            part
+            for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+            for part in block.children()
+        ]
+        return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
+
     @classmethod
     def import_libraries(cls) -> None:
         import_diffusers()

@@ -7,7 +7,7 @@ DDPM++ (Song et al., arXiv:2011.13456) and ADM (Dhariwal & Nichol, arXiv:2105.05
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -370,6 +370,10 @@ class EDMDenoiser(Denoiser):
     @property
     def network(self) -> EDMNet:
         return self.net
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.net.encoder.values(), *self.net.decoder.values()]
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

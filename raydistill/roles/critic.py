@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from raydistill.checkpoint import Snapshot, prefixed, unprefixed
+from raydistill.diffusion.shards import Rows
 from raydistill.methods.method import Losses, Query
 from raydistill.models.critic import Critic
 from raydistill.models.denoiser import frozen_weights, state_for_saving
 from raydistill.models.pipeline import Pipeline
 from raydistill.roles.adapters import adapter_state, whole_weights
 from raydistill.roles.optimizer import OptimizerConfig, RoleOptimizer, mean_scalars
+from raydistill.roles.sharding import load_held, state_rows
 from raydistill.roles.world import World
 
 
@@ -60,18 +62,24 @@ class CriticTrainer:
         return self.optimizer.step(scalars, gan_stage=gan_stage)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON state) of a snapshot's part."""
+        """(tensors, JSON state) of a snapshot's part; of sharded tensors this rank's `rows`."""
         tensors, state = self.optimizer.save()
         state |= adapter_state(self.optimizer.config)
         return prefixed(state_for_saving(self.critic), "weights/") | tensors, state
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """What `save` returned."""
-        self.critic.load_state_dict(unprefixed(tensors, "weights/"))
+        load_held(self.critic, unprefixed(tensors, "weights/"))
         self.optimizer.load(tensors, state)
+
+    def rows(self) -> dict[str, Rows]:
+        """Which rows this rank holds of the sharded tensors among those that `save` returns."""
+        rows = state_rows(self.critic, self.optimizer.world)
+        return {f"weights/{name}": each for name, each in rows.items()} | self.optimizer.rows()
 
 
 def critic_weights(snapshot: Snapshot, teacher: Callable[[], Pipeline]) -> dict[str, Tensor]:
     """A snapshot's critic by the names of its denoiser, as `generator_weights`; its GAN head left out."""
-    tensors, state = snapshot.part("critic")
-    return whole_weights(snapshot, unprefixed(tensors, "weights/denoiser."), state, teacher)
+    prefix = "weights/denoiser."
+    tensors, state = snapshot.part("critic", prefix=prefix)
+    return whole_weights(snapshot, unprefixed(tensors, prefix), state, teacher)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from raydistill.checkpoint import Snapshot, prefixed, unprefixed
 from raydistill.diffusion.ema import EMA
+from raydistill.diffusion.shards import Rows
 from raydistill.errors import ConfigError
 from raydistill.methods.method import Losses, Method, PhaseDraws, RealBatch
 from raydistill.models.denoiser import Cond, Denoiser, state_for_saving
 from raydistill.models.pipeline import Pipeline
 from raydistill.roles.adapters import SCALE, adapter_state, whole_weights
 from raydistill.roles.optimizer import AT_SAMPLES, OptimizerConfig, RoleOptimizer, mean_scalars
+from raydistill.roles.sharding import load_held, state_rows
 from raydistill.roles.world import World
 
 Weights = Literal["raw", "ema"]
@@ -109,11 +111,11 @@ class GeneratorTrainer:
         """Forget what was accumulated, without a step; the scalars of one. Raises TrainingError as `step` does."""
         scalars, self._scalars = mean_scalars(self._scalars), []
         _, _, values = self.optimizer.averaged(scalars)
-        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return _with_std(values)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON state) of a snapshot's part."""
+        """(tensors, JSON state) of a snapshot's part; of sharded tensors this rank's `rows`."""
         tensors, state = self.optimizer.save()
         state |= adapter_state(self.optimizer.config)
         tensors |= prefixed(state_for_saving(self.denoiser), _PREFIX["raw"])
@@ -124,10 +126,16 @@ class GeneratorTrainer:
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """What `save` returned."""
-        self.denoiser.load_state_dict(unprefixed(tensors, _PREFIX["raw"]))
+        load_held(self.denoiser, unprefixed(tensors, _PREFIX["raw"]))
         self.optimizer.load(tensors, state)
         if self.ema is not None:
             self.ema.load(unprefixed(tensors, _PREFIX["ema"]), state["ema_images_seen"])
+
+    def rows(self) -> dict[str, Rows]:
+        """Which rows this rank holds of the sharded tensors among those that `save` returns."""
+        rows = state_rows(self.denoiser, self.optimizer.world)
+        named = {prefix + name: each for prefix in _PREFIX.values() for name, each in rows.items()}
+        return named | self.optimizer.rows()
 
 
 def _sample_scalars(x: Tensor) -> dict[str, Tensor]:
@@ -148,12 +156,12 @@ def generator_weights(
     teacher: makes the pipeline as it is loaded, asked only where there is an adapter. Raises CheckpointError if the
     adapter belongs to another one.
     """
-    tensors, state = snapshot.part("generator")
+    tensors, state = snapshot.part("generator", prefix=_PREFIX[weights])
     return whole_weights(snapshot, unprefixed(tensors, _PREFIX[weights]), state, teacher)
 
 
 def generator_adapter(snapshot: Snapshot, weights: Weights) -> tuple[dict[str, Tensor], float] | None:
     """A snapshot's generator as its adapter and the adapter's scale, None where it has none."""
-    tensors, state = snapshot.part("generator")
+    tensors, state = snapshot.part("generator", prefix=_PREFIX[weights])
     scale = state.get(SCALE)
     return None if scale is None else (unprefixed(tensors, _PREFIX[weights]), scale)

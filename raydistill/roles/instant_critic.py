@@ -51,7 +51,7 @@ class InstantOptimizer(RoleOptimizer):
         for name, weight in self._module.named_parameters():
             if weight.grad is not None:
                 self.direction[name] = -self._preconditioned(name, weight.grad)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         return values
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

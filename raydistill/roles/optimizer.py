@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raydistill.checkpoint import pack_optimizer, prefixed, unpack_optimizer, unprefixed
+from raydistill.diffusion.shards import Rows, held, is_sharded, rows_of
 from raydistill.errors import ConfigError, TrainingError
 from raydistill.models.lora import Lora, LoraTargets
 from raydistill.roles.compact_adam import CompactAdamW
@@ -80,7 +81,11 @@ class OptimizerConfig:
 
 
 class RoleOptimizer:
-    """AdamW over one role's weights; gradients are accumulated by the caller and consumed by `step`."""
+    """AdamW over one role's weights; gradients are accumulated by the caller and consumed by `step`.
+
+    Of sharded weights it moves this rank's rows, as plain tensors in the weights' own memory: each rank then works as
+    on a smaller network of its own, and optimisers meet no distributed tensors.
+    """
 
     def __init__(self, role: str, module: nn.Module, config: OptimizerConfig, world: World, total_steps: int):
         """total_steps: of this role in the whole run, at which a linear schedule ends."""
@@ -93,6 +98,8 @@ class RoleOptimizer:
         self.steps = 0
         self.clipped_steps = 0
         self._weights = [p for p in module.parameters() if p.requires_grad]
+        self._held = [nn.Parameter(held(p.detach())) if is_sharded(p) else p for p in self._weights]
+        """What the optimiser moves of each."""
         adam_w: dict[str, Any] = {
             "lr": config.lr,
             "betas": config.betas,
@@ -101,10 +108,10 @@ class RoleOptimizer:
         }
         self.optimizer: torch.optim.Optimizer
         if config.moments == "bf16":
-            self.optimizer = CompactAdamW(self._weights, **adam_w)
+            self.optimizer = CompactAdamW(self._held, **adam_w)
         else:
             fused = all(p.is_floating_point() for p in self._weights)
-            self.optimizer = torch.optim.AdamW(self._weights, **adam_w, fused=fused)
+            self.optimizer = torch.optim.AdamW(self._held, **adam_w, fused=fused)
 
     def lr(self, gan_stage: bool) -> float:
         base = (
@@ -117,15 +124,24 @@ class RoleOptimizer:
         return base
 
     def averaged(self, scalars: dict[str, Tensor]) -> tuple[list[nn.Parameter], Tensor, dict[str, float]]:
-        """Average the accumulated gradients and the scalars over the ranks: the weights that have gradients, the
-        gradients' norm, and the scalars with it.
+        """Average the accumulated gradients and the scalars over the ranks: what this rank holds of the weights that
+        have gradients, the gradients' norm, and the scalars with it.
 
         Raises TrainingError, the gradients then being dropped, if a scalar or the gradient is not finite.
         """
-        weights = [p for p in self._weights if p.grad is not None]
-        gradients = [p.grad for p in weights if p.grad is not None]
-        self.world.mean_(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        whole: list[Tensor] = []
+        rows: list[Tensor] = []
+        for weight, mine in zip(self._weights, self._held, strict=True):
+            if weight.grad is None:
+                continue
+            if mine is weight:
+                whole.append(weight.grad)
+            else:  # the backward pass has averaged it
+                mine.grad = held(weight.grad)
+                rows.append(mine.grad)
+        self.world.mean_(whole)
+        norm = self._norm(whole, rows)
+        weights = [p for p in self._held if p.grad is not None]
         names = [*scalars, f"grad_norm/{self.role}"]
         packed = torch.stack([value.detach().float() for value in (*scalars.values(), norm)])
         # a mean over the batch has, per sample, 1/size of the gradient that each rank saw
@@ -155,26 +171,55 @@ class RoleOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.steps += 1
         return values | {f"lr/{self.role}": lr, f"clipped_steps/{self.role}": float(self.clipped_steps)}
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON state): Adam's moments and the counters."""
+        """(tensors, JSON state): Adam's moments, of sharded weights those of this rank's rows, and the counters."""
         tensors, state = pack_optimizer(self.optimizer)
+        state["shapes"] = self._shapes
         counters = {"steps": self.steps, "clipped_steps": self.clipped_steps}
         return prefixed(tensors, "optimizer/"), {"optimizer": state, **counters}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """What `save` returned, other tensors may lie beside it."""
-        unpack_optimizer(self.optimizer, unprefixed(tensors, "optimizer/"), state["optimizer"])
+        unpack_optimizer(self.optimizer, unprefixed(tensors, "optimizer/"), state["optimizer"], self._shapes)
         self.steps = state["steps"]
         self.clipped_steps = state["clipped_steps"]
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for weight in (*self._weights, *self._held):
+            weight.grad = None
+
+    def rows(self) -> dict[str, Rows]:
+        """Which rows this rank holds of the sharded tensors among those that `save` returns."""
+        return {
+            f"optimizer/{index}.{moment}": rows_of(weight, self.world.rank, self.world.size)
+            for index, weight in enumerate(self._weights)
+            if is_sharded(weight)
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+    @property
+    def _shapes(self) -> list[list[list[int]]]:
+        """Of the weights as a whole, by parameter group."""
+        return [[list(weight.shape) for weight in self._weights]]
+
+    def _norm(self, whole: list[Tensor], rows: list[Tensor]) -> Tensor:
+        """Of all gradients: of those that every rank has whole, and those of which each has other rows."""
+        norm = torch.nn.utils.get_total_norm(whole)
+        if not rows:
+            return norm
+        squared = torch.nn.utils.get_total_norm(rows).square()
+        self.world.sum_(squared)
+        return (norm.square() + squared).sqrt()
 
     def _require_finite(self, values: dict[str, float]) -> None:
         bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.zero_grad()
             raise TrainingError(
                 f"{self.role} step {self.steps} stopped before the weights moved: non-finite {', '.join(bad)} "
                 f"({self.advice})"

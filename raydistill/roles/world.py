@@ -39,6 +39,11 @@ class World:
         if bucket:
             self._mean_bucket(bucket)
 
+    def sum_(self, tensor: Tensor) -> None:
+        """The sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+
     def max_(self, tensor: Tensor) -> None:
         """The largest over the ranks, element by element, in place."""
         if self.size > 1:

@@ -26,6 +26,7 @@ from raydistill.models.random_sd import PUBLISHED, RandomSDPipeline, is_random_s
 from raydistill.roles.critic import CriticTrainer
 from raydistill.roles.generator import GeneratorTrainer
 from raydistill.roles.instant_critic import InstantCriticTrainer
+from raydistill.roles.sharding import shard
 from raydistill.roles.teacher import TeacherScorer
 from raydistill.roles.world import World
 from raydistill.runtime.settings import RunConfig, TeacherConfig, TrainConfig, teacher_folder
@@ -101,6 +102,11 @@ def method_for(config: RunConfig, schedule: NoiseSchedule) -> Method:
         raise PlacementError(
             f"placement.max_staleness={config.placement.max_staleness} needs a method whose generator goes first; "
             f"method.kind={config.method.kind} lets its critic learn before it: it must be 0"
+        )
+    if method.needs.instant_critic and config.placement.sharding == "fsdp":
+        raise ConfigError(
+            "placement.sharding=fsdp: the critic of method.variant=instant is differentiated forward, which sharded "
+            "networks can't be; set placement.sharding=replicated or method.variant=alternating"
         )
     if method.needs.instant_critic and config.critic.lora_rank:
         raise ConfigError(
@@ -200,18 +206,26 @@ def build_networks(
     pipeline: Pipeline,
     device: torch.device,
     roles: Sequence[str],
+    world: World,
     elsewhere: Denoiser | None = None,
 ) -> Networks:
     """The trained roles of this process and their teacher; the pipeline's own network becomes one of them.
 
     Roles with adapters share one frozen network, which is the teacher's too, unless it answers `elsewhere`. The others
-    have copies of their own, in fp32.
+    have copies of their own, in fp32, or with placement.sharding=fsdp shares of them. world: the ranks of these roles.
     """
     adapters = {role: lora for role in roles if (lora := getattr(config, role).lora)}
     full = [role for role in roles if role not in adapters]
     # copies are made before the network itself is cast, tuned or given adapters
     owner = full[-1] if full and not adapters and elsewhere is not None else None
-    trained = {role: _trainable(pipeline, config.train, device, adopt=role == owner) for role in full}
+    trained = {}
+    for role in full:
+        denoiser = _trainable(pipeline, config.train, adopt=role == owner)
+        if config.placement.sharding == "fsdp":
+            trained[role] = shard(denoiser, world, device, channels_last=config.train.channels_last)
+        else:
+            trained[role] = denoiser.to(device)
+            _tune(denoiser, config.train)
     if not adapters:
         return Networks(trained, elsewhere or tuned_teacher(config, pipeline, device))
     base = SharedBase(pipeline.denoiser.cast(config.teacher.dtype))
@@ -224,12 +238,11 @@ def build_networks(
     return Networks(trained, elsewhere or base.teacher())
 
 
-def _trainable(pipeline: Pipeline, train: TrainConfig, device: torch.device, adopt: bool) -> Denoiser:
+def _trainable(pipeline: Pipeline, train: TrainConfig, adopt: bool) -> Denoiser:
     own = pipeline.denoiser
-    denoiser = (trainable(own, train.dtype) if adopt else pipeline.copy_denoiser(train.dtype)).to(device)
+    denoiser = trainable(own, train.dtype) if adopt else pipeline.copy_denoiser(train.dtype)
     if train.activation_checkpointing:
         denoiser.checkpoint_activations()
-    _tune(denoiser, train)
     return denoiser
 
 

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 _LOWER = (
     "lower train.micro_batch_size, set train.activation_checkpointing=true, train.dtype=bf16 or generator.moments=bf16 "
-    "and critic.moments=bf16, or move roles apart (raydistill plan --device-gib says what fits)"
+    "and critic.moments=bf16, share networks out (placement.sharding=fsdp) or move roles apart (raydistill plan "
+    "--device-gib says what fits)"
 )
 
 

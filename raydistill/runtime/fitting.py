@@ -9,11 +9,12 @@ from raydistill.config import apply_overrides
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.runtime.placements import PlacementPlan, compare, suggested
 from raydistill.runtime.plan import GIB, Plan, plan
-from raydistill.runtime.settings import RunConfig
+from raydistill.runtime.settings import RunConfig, require_shardable
 
 _GENTLEST_FIRST = (
     ("train.micro_batch_size=1",),
     ("train.activation_checkpointing=true",),
+    ("placement.sharding=fsdp",),
     ("train.dtype=bf16", "teacher.dtype=bf16"),
     ("generator.moments=bf16", "critic.moments=bf16"),
 )
@@ -60,8 +61,9 @@ def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: fl
     for step in _GENTLEST_FIRST:
         try:
             changed = apply_overrides(config, step)
+            _require_shardable(changed, devices)
             planned = plan(changed)
-        except ConfigError:  # a network that can't recompute its activations
+        except (ConfigError, PlacementError):  # a network that can't recompute its activations, or be shared
             continue
         if changed == config:
             continue
@@ -83,6 +85,15 @@ def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: fl
     return (
         f"even {' '.join(settings)} takes {smallest / GIB:.2f} GiB of the fullest device: larger or more devices are "
         "needed"
+    )
+
+
+def _require_shardable(config: RunConfig, devices: Sequence[tuple[int, int]]) -> None:
+    """Raise as `require_shardable` does, but for the placement, which is still to be chosen."""
+    placement = config.placement
+    most = max(number for number, _ in devices)
+    require_shardable(
+        replace(config, placement=replace(placement, mode="colocated", session="ray", workers=most))
     )
 
 

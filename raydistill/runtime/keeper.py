@@ -39,7 +39,7 @@ class SnapshotWriter:
     """Copies the roles' state at once and writes it in a thread; one snapshot at a time."""
 
     def __init__(self, snapshots: Snapshots, roles: Sequence[str]):
-        """roles: whose parts make a snapshot complete; other ranks may write some."""
+        """roles: the parts that make a snapshot complete; other ranks may write some."""
         self.snapshots = snapshots
         self._roles = roles
         self._future: Future[dict[str, float]] | None = None
@@ -51,15 +51,14 @@ class SnapshotWriter:
         """
         self.wait()
         parts = {}
-        for role, owner in trainer.parts.items():
-            tensors, state = owner.save()
-            parts[role] = ({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, state)
+        for part, (tensors, state) in trainer.save().items():
+            parts[part] = ({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, state)
         step = trainer.progress.generator_updates
 
         def write() -> dict[str, float]:
             started = time.monotonic()
-            for role, (tensors, state) in parts.items():
-                self.snapshots.write_part(step, role, tensors, state)
+            for part, (tensors, state) in parts.items():
+                self.snapshots.write_part(step, part, tensors, state)
             if manifest is None:
                 return {}
             self._wait_for_others(step)
@@ -99,7 +98,7 @@ class SnapshotWriter:
 
 
 class PartWriter:
-    """Writes a role's part of each snapshot on the role's first rank; rank 0 makes the snapshot complete."""
+    """Writes a rank's parts of each snapshot, where that is not rank 0, which makes the snapshot complete."""
 
     def __init__(self, trainer: Rank, snapshots: Snapshots):
         self.trainer = trainer
@@ -132,7 +131,10 @@ class Keeper:
         self.session = session
         self.snapshots = snapshots
         self.config = trainer.config
-        self.writer = SnapshotWriter(snapshots, ("generator", "critic"))
+        parts: Sequence[str] = ("generator", "critic")
+        if trainer.sharded:
+            parts = [name for rank in range(trainer.world.size) for name in trainer.part_names(rank)]
+        self.writer = SnapshotWriter(snapshots, parts)
         self.queue = (
             EvaluationQueue(session.evaluator, session.tracker, self.config.run_dir)
             if session.evaluator

@@ -1,8 +1,8 @@
 """The training run on one rank, from the preflight to the last snapshot.
 
-Ranks that hold a role hold copies of it and slices of every batch. Rank 0 also has a `Keeper`, which logs, writes
-snapshots in a thread of its own and keeps the evaluation queue. No update waits for an evaluation; one that begins a
-snapshot waits for the snapshot before it and for the journal.
+Ranks that hold a role hold copies of it, or with placement.sharding=fsdp a share, and slices of every batch. Rank 0
+also has a `Keeper`, which logs, writes snapshots in a thread of its own and keeps the evaluation queue. No update waits
+for an evaluation; one that begins a snapshot waits for the snapshot before it and for the journal.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def train(config: RunConfig, session: Session) -> Progress:
         if main:
             session.tracker.metrics(figures, 0)
     keeper = Keeper(trainer, session, snapshots) if main else None
-    # a role whose first rank is not rank 0 writes its own part of each snapshot
-    writer = PartWriter(trainer, snapshots) if trainer.world.rank == 0 and not main else None
+    # a role whose first rank is not rank 0 writes its own part of each snapshot, and so does every rank with a share
+    writes = trainer.world.rank == 0 or trainer.sharded
+    writer = PartWriter(trainer, snapshots) if writes and not main else None
     if keeper:
         keeper.begin()
     if writer:
@@ -122,15 +123,30 @@ def resume(trainer: Rank, snapshots: Snapshots) -> None:
 
 
 def write_replay(trainer: Rank, config: RunConfig, error: TrainingError) -> str:
-    """Save this rank's roles as they are before the failed step; batch and draws follow from the counters."""
+    """Save this rank's roles as they are before the failed step; batch and draws follow from the counters.
+
+    Called by all ranks of the role. Raises CheckpointError if it can't be written.
+    """
     # roles apart may fail at the same time, each with its own part
     own = "" if len(trainer.parts) > 1 else f"/{next(iter(trainer.parts))}"
     replay = Snapshots(f"{config.run_dir}/replay{own}", keep=1)
     step = trainer.progress.generator_updates
-    if trainer.world.rank == 0 and step not in replay.steps():
+    world = trainer.world
+    if not world.any(world.rank == 0 and step not in replay.steps()):
+        return f"weights before the step, settings and counters are in {replay.path(step)}"
+    if world.rank == 0:
         replay.discard_unfinished()
-        for role, owner in trainer.parts.items():
-            replay.write_part(step, role, *owner.save())
+    world.barrier()
+    full: CheckpointError | None = None
+    if world.rank == 0 or trainer.sharded:
+        try:
+            for part, (tensors, state) in trainer.save().items():
+                replay.write_part(step, part, tensors, state)
+        except CheckpointError as reason:
+            full = reason
+    if world.any(full is not None):
+        raise full or CheckpointError(f"another rank can't write its part of {replay.path(step)}")
+    if world.rank == 0:
         samples = {f"x/{n}": sampled.x.contiguous() for n, sampled in enumerate(trainer.kept)}
         # made by weights that have moved since: a critic step that failed on them can't make them again
         if samples and trainer.samples_are_older:

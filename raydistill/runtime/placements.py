@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.runtime.build import method_class
-from raydistill.runtime.plan import GIB, ROLES_ON, Plan, RoleBytes, bytes_together
+from raydistill.runtime.plan import GIB, ROLES_ON, Plan, RoleBytes, bytes_together, share_of
 from raydistill.runtime.role_times import RoleTimes
 from raydistill.runtime.settings import RunConfig
 from raydistill.runtime.simulate import Layout, Mode, Network, RoleSeconds, Sizes, simulate
@@ -97,14 +97,16 @@ def compare(
     times: seconds instead of forward equivalents; net: costs nothing if None.
     """
     size, micro = config.train.batch_size, config.train.micro_batch_size or 1
+    least = 2 if plan.sharded else 1  # ranks that share networks are several, and hold both roles
     layouts = []
-    if size % (devices * micro) == 0:
+    if devices >= least and size % (devices * micro) == 0:
         layouts.append(Layout("colocated", devices))
     ranks = devices - teachers
-    if ranks >= 1 and size % (ranks * micro) == 0:
+    if ranks >= least and size % (ranks * micro) == 0:
         layouts.append(Layout("teachers", ranks, 0, teachers))
     found = [_placed(config, plan, layout, times, net) for layout in layouts]
-    apart = [_placed(config, plan, layout, times, net) for layout in _apart(config, ranks, teachers)]
+    layouts_apart = () if plan.sharded else _apart(config, ranks, teachers)
+    apart = [_placed(config, plan, layout, times, net) for layout in layouts_apart]
     # rounded: of equal times the fewest critic ranks
     shortest = min((each.window for each in apart), default=0.0)
     return found + sorted(apart, key=lambda each: round(each.window / shortest, 6))[:1]
@@ -133,6 +135,8 @@ def _placed(
             return of
         # the plan's activations are those of its own number of ranks
         share = 1.0 if config.train.micro_batch_size else plan.ranks[role] / ranks[role]
+        dealt = plan.sharded.get(role, 0.0)
+        of = of.shared(share_of(dealt, ranks[role]) / share_of(dealt, plan.ranks[role]))
         return replace(of, activations=int(of.activations * share))
 
     held = {
@@ -156,13 +160,18 @@ def _placed(
 def sizes(config: RunConfig, plan: Plan) -> Sizes:
     """What travels in a window."""
     to_teacher = 0.5 if config.placement.wire_dtype == "bf16" else 1.0
+
+    def gradient(role: str) -> float:
+        held = plan.bytes_by_role[role].gradients
+        return held / share_of(plan.sharded.get(role, 0.0), plan.ranks[role])
+
     return Sizes(
         batch=plan.sample_bytes,
         query=to_teacher * plan.query_bytes,
         answer=to_teacher * plan.sample_bytes,
         answer_gradient=plan.sample_bytes if plan.through_critic else 0.0,
-        generator_gradient=plan.bytes_by_role["generator"].gradients,
-        critic_gradient=plan.bytes_by_role["critic"].gradients,
+        generator_gradient=gradient("generator"),
+        critic_gradient=gradient("critic"),
     )
 
 
@@ -239,7 +248,7 @@ def table(
     if refused and not any("suggestion" in line and "placement." in line for line in suggestions):
         raise refused
     lines.append(_unit(times, net))
-    lines.append(LEFT_OUT)
+    lines.append(LEFT_OUT + (", gathering sharded weights" if config.placement.sharding == "fsdp" else ""))
     return "\n".join(lines + suggestions)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -55,17 +55,36 @@ class RoleBytes:
     optimizer: int = 0
     ema: int = 0
     activations: int = 0
+    gathered: int = 0
+    """Whole weights and gradients of what computes, where the device holds shares of them."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        shares = self.weights + self.gradients + self.optimizer + self.ema
+        return shares + self.activations + self.gathered
+
+    def shared(self, share: float) -> RoleBytes:
+        """With so much of weights, gradients, moments and EMA."""
+        return replace(
+            self,
+            weights=round(self.weights * share),
+            gradients=round(self.gradients * share),
+            optimizer=round(self.optimizer * share),
+            ema=round(self.ema * share),
+        )
+
+
+def share_of(dealt: float, ranks: int) -> float:
+    """What each of so many ranks holds of a role's weights, `dealt` of which are dealt out over them."""
+    return 1 - dealt + dealt / ranks
 
 
 def bytes_together(roles: Sequence[RoleBytes]) -> int:
     """Of roles that share a process, at its peak: gradients are there for one of them at a time, each role's
-    optimiser step drops its own."""
-    gradients = [role.gradients for role in roles]
-    return sum(role.total for role in roles) - sum(gradients) + max(gradients)
+    optimiser step drops its own; and one computes at a time, with its blocks gathered."""
+    gradients, gathered = [role.gradients for role in roles], [role.gathered for role in roles]
+    alone = sum(role.total for role in roles) - sum(gradients) - sum(gathered)
+    return alone + max(gradients) + max(gathered)
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,9 @@ class Plan:
     ranks: dict[str, int]
     """How many share a batch of generator and critic; activations are those of a rank's share."""
     bytes_by_role: dict[str, RoleBytes]
+    sharded: dict[str, float]
+    """How much of a trained role's weights is dealt out over its ranks: all but a GAN head, with
+    placement.sharding=fsdp; nothing of roles that are not named."""
     forwards: dict[str, float]
     """Forward equivalents of one generator update with its R critic updates, by role."""
     work: Work
@@ -111,11 +133,15 @@ class Plan:
 
     def table(self) -> str:
         """For `--dry-run` and `raydistill plan`."""
-        widths = {"weights": 10, "gradients": 11, "optimiser": 11, "EMA": 8, "activations": 13, "total": 9}
+        widths = {"weights": 10, "gradients": 11, "optimiser": 11, "EMA": 8, "activations": 13}
+        sharded = any(role.gathered for role in self.bytes_by_role.values())
+        widths |= {"gathered": 10} if sharded else {}
+        widths["total"] = 9
         title = "GiB, all on a worker" if self.mode == "colocated" else "GiB of each role"
         lines = [f"{title:<20}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
         for name, role in self.bytes_by_role.items():
-            cells = (role.weights, role.gradients, role.optimizer, role.ema, role.activations, role.total)
+            cells = [role.weights, role.gradients, role.optimizer, role.ema, role.activations]
+            cells += [role.gathered, role.total] if sharded else [role.total]
             lines.append(
                 f"{name:<20}"
                 + "".join(f"{c / GIB:>{w}.4f}" for c, w in zip(cells, widths.values(), strict=True))
@@ -127,7 +153,7 @@ class Plan:
                 if self.mode == "colocated"
                 else f"on {_IN_WORDS[kind]}: {', '.join(held)}"
             )
-            lines.append(f"{name:<73}{num_bytes / GIB:>9.4f}")
+            lines.append(f"{name:<{20 + sum(widths.values()) - 9}}{num_bytes / GIB:>9.4f}")
         lines.append("")
         lines.append(
             "forward equivalents per generator update (1 = one batch through the UNet, backward pass 2):"
@@ -218,12 +244,19 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
             config.critic, trained["critic"] + head, 0, int(critic_activations * work.critic_graphs)
         ),
     }
+    sharded: dict[str, float] = {}
+    if config.placement.sharding == "fsdp":
+        sharded = {"generator": 1.0, "critic": trained["critic"] / (trained["critic"] + head)}
+        for role, dealt in sharded.items():
+            share = share_of(dealt, ranks[role])
+            roles[role] = replace(roles[role].shared(share), gathered=_gathered_bytes(denoiser))
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
     cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
     return Plan(
         mode=config.placement.mode,
         ranks=ranks,
         bytes_by_role=roles,
+        sharded=sharded,
         forwards=forwards,
         work=work,
         critic_first=method.critic_first,
@@ -243,6 +276,14 @@ def _trained_bytes(config: OptimizerConfig, parameters: int, ema: int, activatio
     return RoleBytes(4 * parameters, 4 * parameters, moments, ema, activations)
 
 
+def _gathered_bytes(denoiser: Denoiser) -> int:
+    """Of a sharded network in a backward pass: weights and gradients of what is outside of blocks, weights of two
+    blocks, the next one being gathered, and gradients of one."""
+    blocks = [4 * parameter_count(block) for block in denoiser.blocks]
+    outside, largest = 4 * parameter_count(denoiser) - sum(blocks), max(blocks, default=0)
+    return 2 * outside + 3 * largest
+
+
 def _networks(config: RunConfig, denoiser: Denoiser) -> dict[str, Denoiser]:
     """The trained roles' networks on the meta device, adapters in a copy of it."""
     networks = {"generator": denoiser, "critic": denoiser}
@@ -257,7 +298,8 @@ def _ranks(config: RunConfig, seconds: RoleSeconds, *, critic_first: bool) -> di
     """How many ranks share a batch of each trained role. Raises PlacementError if they can't."""
     placement = config.placement
     if placement.mode != "disaggregated":
-        return dict.fromkeys(("generator", "critic"), max(1, placement.workers))
+        least = 2 if placement.sharding == "fsdp" else 1
+        return dict.fromkeys(("generator", "critic"), max(least, placement.workers))
     world = placement.workers or 2  # what 0 stands for
     critics = placement.critic_ranks or best_num_critic(
         world,

@@ -10,13 +10,13 @@ import ray
 from raydistill.errors import PlacementError
 from raydistill.runtime.fit import require_fit
 from raydistill.runtime.plan import plan
-from raydistill.runtime.settings import RunConfig, require_divisible
+from raydistill.runtime.settings import RunConfig, require_divisible, require_shardable
 
 
 def with_workers(config: RunConfig) -> RunConfig:
     """The settings with `placement.workers` and `placement.critic_ranks` chosen for the cluster at hand.
 
-    Raises PlacementError if roles on ranks of their own can't share the batch.
+    Raises PlacementError if roles on ranks of their own can't share the batch, or one worker is to shard networks.
     """
     placement = config.placement
     if not placement.workers:
@@ -28,6 +28,7 @@ def with_workers(config: RunConfig) -> RunConfig:
     config = replace(config, placement=placement)
     if placement.mode == "disaggregated":
         require_divisible(config)
+    require_shardable(config)
     return config
 
 

@@ -123,6 +123,10 @@ class PlacementConfig:
     """colocated: all roles in every worker; teachers: the teacher in a pool of actors, which score the next batch while
     the critic learns; disaggregated: besides, generator and critic on workers of their own. The losses are the same
     (SiDA's adversarial terms, coupled over a micro-batch as in its paper's code, are for micro-batches of one size)."""
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """replicated: every worker holds generator and critic whole; fsdp (PyTorch's FSDP2), for networks that do not fit:
+    each holds 1/N of their weights, gradients, moments and EMA, and gathers a block's weights while it computes with
+    it. The losses are the same. The teacher stays whole in every worker unless mode=teachers."""
     critic_ranks: int = 0
     """How many of the workers hold the critic when they are disaggregated; 0: as many as make a window shortest."""
     max_staleness: int = 0
@@ -262,6 +266,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1, or none")
     _validate_placement(config.placement)
     _validate_lora(config)
+    require_shardable(config)
     require_divisible(config)
     if config.evaluator.workers > 1 and config.placement.session == "inline":
         raise PlacementError(
@@ -318,6 +323,38 @@ def _validate_lora(config: RunConfig) -> None:
                 f"train.dtype=fp32 with {role}.lora_rank={rank} and teacher.dtype=bf16: adapters compute in the "
                 "precision of the base that they share with the teacher; set train.dtype=bf16 or teacher.dtype=fp32"
             )
+
+
+def require_shardable(config: RunConfig) -> None:
+    """Raise ConfigError or PlacementError if placement.sharding=fsdp is asked for where it does not work."""
+    placement = config.placement
+    if placement.sharding != "fsdp":
+        return
+    if placement.session == "inline":
+        raise PlacementError(
+            "placement.sharding=fsdp needs placement.session=ray; inline is one process, which holds the networks whole"
+        )
+    if placement.workers == 1:
+        raise PlacementError(
+            "placement.sharding=fsdp needs placement.workers of 2 or more to share the networks, it is 1"
+        )
+    if placement.mode == "disaggregated":
+        raise PlacementError(
+            "placement.sharding=fsdp needs placement.mode=colocated or teachers, it is disaggregated: critic ranks "
+            "answer each on its own, and sharded ones can only compute together"
+        )
+    for role in ("generator", "critic"):
+        rank = getattr(config, role).lora_rank
+        if rank:
+            raise ConfigError(
+                f"{role}.lora_rank={rank} with placement.sharding=fsdp: adapters are small, and their frozen base is "
+                f"not sharded; set placement.sharding=replicated or {role}.lora_rank=0"
+            )
+    if config.train.compile:
+        raise ConfigError(
+            "train.compile=true with placement.sharding=fsdp: networks that are gathered block by block are not "
+            "compiled; set one of them to false or replicated"
+        )
 
 
 def require_divisible(config: RunConfig) -> None:

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import tee
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raydistill.checkpoint import Snapshot
+from raydistill.checkpoint import Snapshot, part_name, sharded_part
 from raydistill.diffusion.random import Draws
 from raydistill.methods.method import Method, PhaseDraws, Query, RealBatch
 from raydistill.models.denoiser import frozen_weights
@@ -110,7 +111,7 @@ class Rank:
     def networks(self, *roles: str) -> build.Networks:
         """Those of the trained roles that this rank holds, and the teacher's."""
         elsewhere = self.elsewhere.denoiser if self.elsewhere else None
-        return build.build_networks(self.config, self.pipeline, self.device, roles, elsewhere)
+        return build.build_networks(self.config, self.pipeline, self.device, roles, self.world, elsewhere)
 
     @property
     def samples_are_older(self) -> bool:
@@ -133,8 +134,29 @@ class Rank:
     def load(self, snapshot: Snapshot) -> None:
         """Take this rank's roles and the counters from a snapshot."""
         for role, owner in self.parts.items():
-            owner.load(*snapshot.part(role))
+            owner.load(*snapshot.part(role, owner.rows()))
         self.progress = Progress(**snapshot.manifest["progress"])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds rows of its roles' tensors and writes a part of its own of each snapshot."""
+        return self.config.placement.sharding == "fsdp"
+
+    def part_names(self, rank: int) -> list[str]:
+        """Of the parts of a snapshot that a rank of this role's world writes."""
+        return [part_name(role, rank, self.world.size) if self.sharded else role for role in self.parts]
+
+    def save(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+        """(tensors, JSON state) of the parts that this rank writes, by their names; the tensors are the live ones."""
+        written = {}
+        for name, owner in zip(self.part_names(self.world.rank), self.parts.values(), strict=True):
+            tensors, state = owner.save()
+            written[name] = (
+                sharded_part(tensors, state, owner.rows(), self.world.rank)
+                if self.sharded
+                else (tensors, state)
+            )
+        return written
 
     def gan_stage(self, update: int) -> bool:
         return self.method.gan_on(update)
