@@ -4,8 +4,8 @@
 
 Every job is jobs/dmd2_coco.py on the same seed, small (batch 16, R 2) so that two cores are enough.
 
-    placements   30 updates colocated, with two data-parallel ranks, with a teacher pool, and with roles apart: losses,
-                 gradients and final weights against the colocated run's
+    placements   30 updates colocated, with two data-parallel ranks, with two that share the networks, with a teacher
+                 pool, and with roles apart: losses, gradients and final weights against the colocated run's
     faults       roles apart and two teacher replicas on three raylets, one of them the driver's. A teacher replica, the
                  evaluator, a critic rank, a generator rank, a whole raylet with its ranks, and the driver are killed
                  (SIGKILL) in mid-step, each in a run of its own; the driver's job is submitted again, all others are
@@ -179,6 +179,7 @@ def placements(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
         "teachers": ["placement.mode=teachers", "placement.workers=1", "placement.teacher_replicas=2"],
         "disaggregated": APART,
         "colocated, 2 ranks": ["placement.workers=2"],
+        "sharded, 2 ranks": ["placement.workers=2", "placement.sharding=fsdp"],
     }
     jobs = {}
     for number, (name, overrides) in enumerate(runs.items()):
@@ -215,9 +216,10 @@ def placements(nodes: LocalNodes, folder: Path) -> dict[str, Any]:
     for name in ("teachers", "disaggregated"):
         if results[name]["losses"] or results[name]["digest"] != results["colocated"]["digest"]:
             raise SystemExit(f"{name} is not bit-equal to colocated")
-    two = results["colocated, 2 ranks"]
-    if two["losses_first_update"] > 1e-5 or two["losses"] > 1e-3 or two["weights"] > 1e-3:
-        raise SystemExit("two ranks differ from one by more than the order of sums explains")
+    for name in ("colocated, 2 ranks", "sharded, 2 ranks"):
+        two = results[name]
+        if two["losses_first_update"] > 1e-5 or two["losses"] > 1e-3 or two["weights"] > 1e-3:
+            raise SystemExit(f"{name}: they differ from one by more than the order of sums explains")
     return {"placements": results}
 
 

@@ -45,6 +45,7 @@ MOMENT = ("tests/methods/test_moment_matching.py",)
 INSTANT = ("tests/roles/test_instant_critic.py",)
 ROLES = ("tests/roles/test_gradients.py",)
 LORA = ("tests/models/test_lora.py",)
+SHARDING = ("tests/runtime/test_sharding.py", "-m", "not ray")
 
 
 @dataclass(frozen=True)
@@ -427,6 +428,25 @@ MUTATIONS = [
         "return torch.zeros_like(cotangents[0]), None",
         ("tests/runtime/test_pool.py", "-k", "gradient_through_the_remote_teacher"),
         ray=True,
+    ),
+    *_of(
+        "roles/optimizer.py",
+        SHARDING,
+        (
+            "sharded: gradients are averaged twice",
+            "mine.grad = held(weight.grad)",
+            "mine.grad = held(weight.grad) / self.world.size",
+        ),
+        ("sharded: the norm of one rank's rows alone", "        self.world.sum_(squared)\n", ""),
+    ),
+    *_of(
+        "checkpoint/sharded.py",
+        SHARDING,
+        (
+            "sharded: rows are counted from another rank's first",
+            "slice(low - rows.start, high - rows.start)",
+            "slice(low - start, high - start)",
+        ),
     ),
 ]
 

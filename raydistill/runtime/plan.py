@@ -248,8 +248,8 @@ def plan_for(config: RunConfig, denoiser: Denoiser, cond_shapes: dict[str, tuple
     if config.placement.sharding == "fsdp":
         sharded = {"generator": 1.0, "critic": trained["critic"] / (trained["critic"] + head)}
         for role, dealt in sharded.items():
-            share = share_of(dealt, ranks[role])
-            roles[role] = replace(roles[role].shared(share), gathered=_gathered_bytes(denoiser))
+            mine = roles[role].shared(share_of(dealt, ranks[role]))
+            roles[role] = replace(mine, gathered=_gathered_bytes(denoiser))
     sample_bytes = 4 * one[0].numel() * config.train.batch_size
     cond_bytes = 4 * sum(math.prod(shape) for shape in cond_shapes.values()) * config.train.batch_size
     return Plan(
