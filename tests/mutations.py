@@ -305,7 +305,7 @@ MUTATIONS = [
         ),
         (
             "instant: gradients of one update left for the next",
-            "        self.optimizer.zero_grad(set_to_none=True)\n        return values",
+            "        self.zero_grad()\n        return values",
             "        return values",
         ),
     ),
@@ -403,7 +403,7 @@ MUTATIONS = [
         ("tests/runtime/test_loop.py", "-k", "rests"),
         (
             "sida: gradients accumulated at rest are kept",
-            "        self.optimizer.optimizer.zero_grad(set_to_none=True)\n        return _with_std",
+            "        self.optimizer.zero_grad()\n        return _with_std",
             "        return _with_std",
         ),
     ),
