@@ -4,15 +4,23 @@
 
 Killing the proxy refuses connections and breaks transfers in mid-body, as a service that died does; starting it again
 brings the service back with what it held. For tests and `s3_outage.py`; needs `pip install 'moto[server]'`.
+
+    python cluster/s3_service.py --bucket raydistill
+
+starts one to try things on, says which variables and settings it needs, and serves until Ctrl-C.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +72,7 @@ class S3Service:
         """Let clients reach it, if they don't."""
         if self._proxy is not None:
             return
-        self._proxy = subprocess.Popen([sys.executable, __file__, *map(str, self._ports)])
+        self._proxy = subprocess.Popen([sys.executable, __file__, "--hand-on", *map(str, self._ports)])
         _wait_for(self._ports[0], self._proxy)
 
     def kill(self) -> None:
@@ -118,5 +126,33 @@ async def _hand_on(port: int, target: int) -> None:
         await server.serve_forever()
 
 
+def main() -> None:
+    import fsspec
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bucket", default="raydistill", help="made empty (default: %(default)s)")
+    bucket = parser.parse_args().bucket
+    with (
+        tempfile.TemporaryDirectory(prefix="rd-s3-") as folder,
+        S3Service(Path(folder) / "moto.log") as service,
+    ):
+        os.environ.update(service.environment)
+        fsspec.filesystem("s3", endpoint_url=service.endpoint).mkdir(bucket)
+        for name, value in service.environment.items():
+            print(f"export {name}={value}")
+        print(
+            f"# data.endpoint_url={service.endpoint} checkpoint.endpoint_url={service.endpoint} "
+            f"checkpoint.uri=s3://{bucket}/runs\n# in memory, until Ctrl-C",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
 if __name__ == "__main__":
-    asyncio.run(_hand_on(int(sys.argv[1]), int(sys.argv[2])))
+    if sys.argv[1:2] == ["--hand-on"]:
+        asyncio.run(_hand_on(int(sys.argv[2]), int(sys.argv[3])))
+    else:
+        main()

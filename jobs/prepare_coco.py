@@ -91,7 +91,8 @@ def main() -> int:
     parser.add_argument(
         "--encode",
         metavar="TEACHER",
-        help="diffusers pipeline (folder or hub id) whose latents and text embeddings are stored too",
+        help="diffusers pipeline (folder, hub id, builtin:scenes or builtin:scenes-xl) whose latents and text "
+        "embeddings are stored too",
     )
     parser.add_argument("--device", default="cpu", help="where the teacher encodes (default: %(default)s)")
     parser.add_argument(
@@ -124,7 +125,9 @@ def main() -> int:
             # diffusers and transformers take seconds to import, which plain images don't need
             from raydistill.models.diffusers_hub import load_pipeline
             from raydistill.runtime.prepare import PipelineEncoder
+            from raydistill.runtime.settings import BUILTIN_TEACHERS
 
+            args.encode = str(BUILTIN_TEACHERS.get(args.encode, args.encode))
             pipeline = load_pipeline(args.encode)
             encoder, image_size = PipelineEncoder(pipeline, args.device), pipeline.image_size
         elsewhere = None

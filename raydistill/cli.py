@@ -305,7 +305,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     print(planned.table())
     pairs = list(zip(devices, teachers * (len(devices) // len(teachers)), strict=True))
     found = [(number, compare(config, planned, number, of_them, times, net)) for number, of_them in pairs]
-    print(f"\non {', '.join(map(str, devices))} devices:")
+    print(f"\non {', '.join(map(str, devices))} device{'s' * (devices != [1])}:")
     limit = arguments.device_gib or config.placement.device_gib
     try:
         print(table(config, found, limit, times, net))
@@ -327,7 +327,7 @@ def _micro_batch(
     row: "list[PlacementPlan]",
     limit: float,
 ) -> str:
-    from raydistill.runtime.fitting import largest_micro_batch
+    from raydistill.runtime.fitting import MARGIN, largest_micro_batch
     from raydistill.runtime.placements import suggested
     from raydistill.runtime.plan import GIB
 
@@ -340,7 +340,7 @@ def _micro_batch(
         return f"micro-batch on {devices} devices: none fits"
     return (
         f"micro-batch on {devices} devices: train.micro_batch_size={fitting.micro_batch_size} at most, "
-        f"{fitting.fullest_bytes / GIB:.2f} of {limit:g} GiB"
+        f"{fitting.fullest_bytes / GIB:.2f} of {limit:g} GiB, with {MARGIN - 1:.0%} to spare"
     )
 
 

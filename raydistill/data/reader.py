@@ -280,6 +280,11 @@ class ShardReader:
         for name in self.fields:
             if has[name]:
                 continue
+            if name in ("image", "latent") and index.plan.get("source") == "prompts":
+                raise DataError(
+                    f"{where} was prepared from prompts, without images: it serves methods that need none, with "
+                    "teacher.preflight=false"
+                )
             if name == "image":
                 raise DataError(
                     f"{where}: its images differ in size; prepare them with prepare_coco --image-size"

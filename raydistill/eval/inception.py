@@ -86,7 +86,8 @@ def verified(file: str | Path, sha256: str | None = None) -> bytes:
         why = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
         raise ConfigError(
             f"FID needs the detector {FILE_NAME} (sha256 {wanted}), and {file} {why}: get it from {URL}, put it there "
-            "or set evaluator.detector_file; without it evaluator.protocol=toy gives toyfid"
+            "or set evaluator.detector_file; without it evaluator.protocol=toy gives toyfid of the shipped "
+            "miniatures, and evaluator.enabled=false none"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     if found != wanted:

@@ -94,7 +94,10 @@ def write_single_file(weights: dict[str, Tensor], file: Path, about: dict[str, s
     plain = {name.removeprefix("unet."): tensor.contiguous() for name, tensor in weights.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        mode = file.stat().st_mode
         save_file(plain, file, metadata=about)
+        file.chmod(mode)  # safetensors leaves it to its owner alone
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't write --single-file {file}: {error}") from error
     return file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from raydistill.config import apply_overrides
+from raydistill.config import apply_overrides, flatten
 from raydistill.errors import ConfigError, PlacementError
 from raydistill.runtime.placements import PlacementPlan, compare, suggested
 from raydistill.runtime.plan import GIB, Plan, plan
@@ -19,6 +19,17 @@ _GENTLEST_FIRST = (
     ("generator.moments=bf16", "critic.moments=bf16"),
 )
 """What a run may change to need less memory: first what costs time only, then what costs precision."""
+_ADAPTERS = (
+    (
+        "train.micro_batch_size=1", "train.activation_checkpointing=true", "placement.sharding=replicated",
+        "generator.lora_rank=64", "generator.lora_alpha=8", "generator.lora_targets=all",
+        "critic.lora_rank=64", "critic.lora_alpha=8", "critic.lora_targets=all",
+    ),
+    ("train.dtype=bf16", "teacher.dtype=bf16"),
+)  # fmt: skip
+"""Adapters of DMD2's SDXL (methods.md 1.6)."""
+MARGIN = 1.07
+"""By how much measured peaks were above plans at most (README.md, Limits): a micro-batch is to fit nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Fitting:
 def largest_micro_batch(
     config: RunConfig, planned: Plan, chosen: PlacementPlan, teachers: int, device_gib: float
 ) -> Fitting | None:
-    """The largest micro-batch with which a placement's devices hold the plan's tensors; None if not even 1 does.
+    """The largest micro-batch with which a placement's devices hold the plan's tensors, and MARGIN above them; None if
+    not even 1 does.
 
     teachers: replicas, as the placement was compared with.
     """
@@ -46,7 +58,7 @@ def largest_micro_batch(
         row = compare(changed, _with_micro_batch(config, planned, micro), devices, teachers)
         same = [each for each in row if each.layout == layout]
         fullest = max((max(each.device_bytes.values()) for each in same), default=0)
-        if same and fullest <= device_gib * GIB:
+        if same and MARGIN * fullest <= device_gib * GIB:
             return Fitting(micro, fullest)
     return None
 
@@ -54,11 +66,30 @@ def largest_micro_batch(
 def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: float) -> str:
     """Settings with which some placement on some (devices, teacher replicas) fits, in words, with their figures.
 
-    They are tried one after the other and kept, those first that leave the numbers alone.
+    They are tried one after the other and kept, those first that leave the numbers alone; adapters instead of whole
+    networks are what remains where those don't fit.
     """
+    whole = _first_that_fits(config, _GENTLEST_FIRST, devices, device_gib)
+    if whole.fits:
+        return whole.told
+    adapters = _first_that_fits(config, _ADAPTERS, devices, device_gib)
+    if adapters.fits:
+        return f"{whole.told}; adapters instead, which want higher learning rates: {adapters.told}"
+    return f"{whole.told}: larger or more devices are needed"
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    fits: bool
+    told: str
+
+
+def _first_that_fits(
+    config: RunConfig, steps: Sequence[tuple[str, ...]], devices: Sequence[tuple[int, int]], device_gib: float
+) -> _Remedy:
     settings: list[str] = []
     smallest = float("inf")
-    for step in _GENTLEST_FIRST:
+    for step in steps:
         try:
             changed = apply_overrides(config, step)
             _require_shardable(changed, devices)
@@ -67,8 +98,9 @@ def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: fl
             continue
         if changed == config:
             continue
+        before, after = flatten(config), flatten(changed)
+        settings += [each for each in step if before[(name := each.split("=")[0])] != after[name]]
         config = changed
-        settings += step
         for number, teachers in devices:
             row = compare(config, planned, number, teachers)
             if not row:
@@ -79,13 +111,10 @@ def remedy(config: RunConfig, devices: Sequence[tuple[int, int]], device_gib: fl
             except PlacementError:
                 continue
             fullest = max(chosen.device_bytes.values()) / GIB
-            return f"{fullest:.2f} GiB would fit: {' '.join(settings)} {chosen.settings}"
+            return _Remedy(True, f"{fullest:.2f} GiB would fit: {' '.join(settings)} {chosen.settings}")
     if not settings:
-        return "no setting of memory is left to change: larger or more devices are needed"
-    return (
-        f"even {' '.join(settings)} takes {smallest / GIB:.2f} GiB of the fullest device: larger or more devices are "
-        "needed"
-    )
+        return _Remedy(False, "no setting of memory is left to change")
+    return _Remedy(False, f"even {' '.join(settings)} takes {smallest / GIB:.2f} GiB of the fullest device")
 
 
 def _require_shardable(config: RunConfig, devices: Sequence[tuple[int, int]]) -> None:

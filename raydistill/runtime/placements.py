@@ -22,7 +22,7 @@ MIB = 2**20
 MODES: tuple[Mode, ...] = ("colocated", "teachers", "disaggregated")
 LEFT_OUT = (
     "left out: a rank's lower efficiency with few samples (times shrink in proportion to them, but for the optimiser's "
-    "step), packing, data, snapshots, figures"
+    "step), packing, data, snapshots, figures, text encoders and the autoencoder"
 )
 
 
@@ -194,8 +194,7 @@ def suggested(found: list[PlacementPlan], device_gib: float | None) -> Placement
     if not fitting:
         needs = ", ".join(f"{each.layout.mode} {max(each.device_bytes.values()) / GIB:.2f}" for each in found)
         raise PlacementError(
-            f"no placement fits into {device_gib:g} GiB a device (GiB of the fullest: {needs}): lower "
-            "train.micro_batch_size, set train.activation_checkpointing=true or train.dtype=bf16"
+            f"no placement fits into {device_gib:g} GiB a device (GiB of the fullest: {needs})"
         )
     shortest = min(each.window for each in fitting)
     return min(fitting, key=lambda each: round(each.window / shortest, 6))
