@@ -65,7 +65,6 @@ def paper() -> RunConfig:
         "betas": (0.9, 0.999),  # config
         "weight_decay": 0.01,  # config
         "clip_norm": 10.0,  # config
-        "warmup_steps": 500,  # config
     }
     return RunConfig(
         name="dmd2_sdxl_paper",
@@ -75,8 +74,10 @@ def paper() -> RunConfig:
             dtype="bf16",  # config: the teacher in bf16
         ),
         method=_PAPER,
-        generator=GeneratorConfig(lr=5e-7, **adam_w),  # config; no EMA in the official code
-        critic=CriticConfig(lr=5e-7, **adam_w),  # config
+        # config: no EMA; both rates rise over 500 iterations, which accelerate makes 500 / 64 GPUs, so within the first
+        # two of the generator's updates, one in five iterations (methods.md 1.2)
+        generator=GeneratorConfig(lr=5e-7, warmup_steps=2, **adam_w),
+        critic=CriticConfig(lr=5e-7, warmup_steps=8, **adam_w),
         train=TrainConfig(
             generator_updates=4000,  # config: about 20k iterations, every fifth with a generator update
             batch_size=128,  # config: 2 on each of 64 GPUs
@@ -116,7 +117,9 @@ def one_step() -> RunConfig:
             regression_teacher_steps=50,  # ours
             gan_start_update=warm_up,
         ),
-        generator=replace(base.generator, lr=1e-5, lr_gan_stage=5e-7),  # config: of the warm-up, and after it
+        generator=replace(
+            base.generator, lr=1e-5, lr_gan_stage=5e-7, warmup_steps=8
+        ),  # config: of the regression, in which each iteration is a generator update, and after it
         train=replace(base.train, generator_updates=warm_up + 5000),  # config: about 25k iterations after it
     )
 

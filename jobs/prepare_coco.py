@@ -12,6 +12,7 @@ from raydistill.data.prepare import prepare
 from raydistill.data.prompts import PromptSource
 from raydistill.data.sources import CocoSource, Source
 from raydistill.errors import DataError, RayDistillError
+from raydistill.object_store import require_endpoint
 
 _DETAILS = """\
 --coco: annotations/captions_SPLIT.json and the images in SPLIT/ or images/SPLIT/: COCO itself (train2014, val2017;
@@ -32,10 +33,13 @@ examples:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What is to be prepared. Raises DataError."""
-    for name in ("samples_per_shard", "limit"):
+    for name in ("samples_per_shard", "limit", "image_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.workers < 0:
+        raise DataError(f"--workers {args.workers} must not be negative")
+    require_endpoint(args.endpoint_url, "--endpoint-url")
     if args.prompts:
         return PromptSource(args.prompts, args.samples_per_shard, args.limit)
     if args.pairs:
@@ -120,6 +124,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     started = time.monotonic()
     try:
+        source = source_of(args)
         encoder = image_size = None
         if args.encode:
             # diffusers and transformers take seconds to import, which plain images don't need
@@ -142,7 +147,7 @@ def main() -> int:
             teacher = absolute(args.encode) if args.encode and Path(args.encode).exists() else args.encode
             elsewhere = on_ray(args.workers, teacher, args.device)
         index = prepare(
-            source_of(args),
+            source,
             args.out,
             encoder=encoder,
             elsewhere=elsewhere,

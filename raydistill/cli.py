@@ -306,7 +306,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     pairs = list(zip(devices, teachers * (len(devices) // len(teachers)), strict=True))
     found = [(number, compare(config, planned, number, of_them, times, net)) for number, of_them in pairs]
     print(f"\non {', '.join(map(str, devices))} device{'s' * (devices != [1])}:")
-    limit = arguments.device_gib or config.placement.device_gib
+    limit = config.placement.device_gib if arguments.device_gib is None else arguments.device_gib
     try:
         print(table(config, found, limit, times, net))
     except PlacementError as error:
@@ -348,6 +348,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be positive and finite")
+    return float(text)
 
 
 def _positives(text: str) -> list[int]:
@@ -549,7 +555,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--teachers", type=_positives, default=[1], metavar="N[,N]", help=replicas)
     plan.add_argument(
         "--device-gib",
-        type=float,
+        type=_gib,
         metavar="GIB",
         help="memory of a device (placement.device_gib, else no limit)",
     )

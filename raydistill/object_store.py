@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from raydistill.errors import ConfigError
 
@@ -48,6 +48,17 @@ def require_no_credentials(url: str, setting: str) -> None:
             "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws/credentials, and give the URL without "
             "them"
         )
+
+
+def require_endpoint(url: str | None, setting: str) -> None:
+    """Raise ConfigError unless `url`, where given, is http(s)://HOST[:PORT] without credentials."""
+    if url is None:
+        return
+    require_no_credentials(url, setting)
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        plain = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+        raise ConfigError(f"{setting}={plain!r} must be http(s)://HOST[:PORT], without a query")
 
 
 def open_store(
@@ -94,6 +105,10 @@ def fault_of(error: BaseException) -> Fault | None:
     kind, code = type(error).__name__, _code(error)
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
         return Fault(f"no credentials are there; set {_WHERE_CREDENTIALS}", False)
+    if kind == "ProfileNotFound":
+        return Fault(f"{_first_line(error)} (AWS_PROFILE)", False)
+    if kind in ("EndpointResolutionError", "InvalidProxiesConfigError"):
+        return Fault(f"{kind}: {_first_line(error)}", False)
     if kind in ("NoRegionError", "InvalidRegionError"):
         return Fault(f"{_first_line(error)} (AWS_DEFAULT_REGION)", False)
     if code == "NoSuchBucket":

@@ -14,7 +14,8 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # type: ignore[attr-defined]
+from typing import IO, Any, Self
 
 from webdataset.tariterators import group_by_keys
 
@@ -26,6 +27,19 @@ from raydistill.object_store import StoreError, is_remote, open_store, with_retr
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _ATTEMPTS = 7
+
+
+class _Whole(tarfile.TarInfo):
+    """tarfile takes a header that is cut off, damaged or missing for the end; only the end's zeros are."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            raise
+        except HeaderError as error:
+            raise ReadError(f"{error} at byte {tarfile.offset}") from error
 
 
 class PairSource:
@@ -71,7 +85,7 @@ class PairSource:
 
     def _samples(self, file: IO[bytes], where: str) -> Iterator[Sample | Refused]:
         def members() -> Iterator[dict[str, Any]]:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
+            with tarfile.open(fileobj=file, mode="r|", tarinfo=_Whole) as tar:
                 for member in tar:
                     if member.isreg():
                         content = tar.extractfile(member)

@@ -88,6 +88,10 @@ def prepare(
     Raises DataError for bad input, naming the first sample, and for an `out` that holds other shards.
     """
     _require_positive({"image-size": image_size, "batch-size": batch_size})
+    if not 0 <= max_rejected_share < 1:
+        raise DataError(
+            f"--max-rejected-share (or prepare.max_rejected_share) {max_rejected_share} must be in [0, 1)"
+        )
     target: Target = RemoteTarget(str(out), endpoint_url) if is_remote(str(out)) else LocalTarget(out)
     plan = source.plan | {
         "image_size": image_size,

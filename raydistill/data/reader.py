@@ -25,7 +25,7 @@ from raydistill.data.shard_file import IMAGE_SUFFIXES, RejectedSample, ShardFile
 from raydistill.data.shards import Block, EpochPlan, ShardSet, plan
 from raydistill.diffusion.random import Draws
 from raydistill.errors import ConfigError, DataError
-from raydistill.object_store import require_no_credentials
+from raydistill.object_store import require_endpoint
 
 __all__ = ["FIELDS", "Batch", "DataConfig", "ShardReader"]
 
@@ -66,7 +66,7 @@ class DataConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
-        require_no_credentials(self.endpoint_url or "", "data.endpoint_url")
+        require_endpoint(self.endpoint_url, "data.endpoint_url")
         if not 0 <= self.max_rejected_share < 1:
             raise ConfigError(f"data.max_rejected_share={self.max_rejected_share} must be in [0, 1)")
         if not self.timeout_s > 0:

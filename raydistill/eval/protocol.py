@@ -17,6 +17,8 @@ from torch import Tensor
 from raydistill.errors import ConfigError
 
 UINT8_RULES = ("round", "floor")
+METHOD_PROTOCOL = ("sampler", "num_steps")
+"""Fields in which figures of different methods may differ."""
 SAMPLER_FIELDS = ("sampler", "num_steps", "guidance_scale", "weights")
 """The fields in which a teacher's figure differs from its generator's."""
 

@@ -307,15 +307,28 @@ def local_folder(path: str, revision: str | None, *, weights: bool = True) -> Pa
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise ConfigError(f"teacher.path={path!r} is not a folder (nor a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt"] + ["*/*.safetensors"] * weights
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"teacher.path={path!r} is not a local folder and the hub could not serve it: {type(error).__name__}"
-        ) from error
+        if isinstance(error, RevisionNotFoundError):
+            why = f"the hub has no teacher.revision={revision!r} of it"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "the hub has none of that name, or not for this HF_TOKEN"
+        elif isinstance(error, LocalEntryNotFoundError):
+            why = (
+                "the hub can't be reached (network, HF_ENDPOINT, HF_HUB_OFFLINE): give a folder that holds it"
+            )
+        else:
+            why = f"the hub could not serve it: {type(error).__name__}"
+        raise ConfigError(f"teacher.path={path!r} is not a local folder, and {why}") from error
 
 
 @contextmanager

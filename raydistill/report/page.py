@@ -11,9 +11,9 @@ from pathlib import Path
 import jinja2
 
 from raydistill.errors import TrackingError
-from raydistill.eval.protocol import cost
+from raydistill.eval.protocol import METHOD_PROTOCOL, cost
 from raydistill.report import chart, sections
-from raydistill.report.runs import METHOD_PROTOCOL, Run, Runs
+from raydistill.report.runs import Run, Runs
 from raydistill.report.samples import samples
 
 

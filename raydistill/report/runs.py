@@ -14,7 +14,7 @@ from typing import Any
 from raydistill.checkpoint import Snapshots
 from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.eval.grids import Grid, read_grid
-from raydistill.eval.protocol import Protocol, cost, require_same, second_figure
+from raydistill.eval.protocol import METHOD_PROTOCOL, Protocol, cost, require_same, second_figure
 from raydistill.runtime.session import LEDGER, TEACHER_STEP
 from raydistill.tracking import History, RecordedRun, read_metrics
 
@@ -34,7 +34,6 @@ LOSSES = (
 SWEEP = "sweep.json"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _GRID = re.compile(r"grid_(\d+)\.png")
-METHOD_PROTOCOL = ("sampler", "num_steps")
 _SHOWN_SETTINGS = 3
 """Of a sweep's trials, in the names that they have here."""
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from raydistill.config import to_dict
 from raydistill.errors import ConfigError, TrainingError
-from raydistill.eval.protocol import SAMPLER_FIELDS, Protocol, require_same
+from raydistill.eval.protocol import METHOD_PROTOCOL, Protocol, require_same
 from raydistill.runtime.prepare import prepare_builtin, prepare_shards
 from raydistill.runtime.run import resolve, run
 from raydistill.runtime.services import require_evaluation
@@ -84,7 +84,7 @@ def compare(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     done[running.pop(future)] = future.result()
                     bar.update()
-        require_same([_protocol(config) for config in children], SAMPLER_FIELDS)
+        require_same([_protocol(config) for config in children], METHOD_PROTOCOL)
         for summary in done.values():
             quality = summary["quality"]
             if summary[f"{quality}_start"] is None or summary[f"{quality}_end"] is None:
@@ -122,11 +122,15 @@ def _run(settings: Mapping[str, Any]) -> Summary:
 
 
 def _protocol(config: RunConfig) -> Protocol:
+    """Of the generator's figures. Raises ConfigError where it or its teacher has none."""
     ledger = json.loads((Path(config.run_dir) / LEDGER).read_text())
-    if not config.evaluator.teacher_figure:
-        entry = next(entry for entry in ledger.values() if entry["state"] == "done")
-    elif (entry := ledger[str(TEACHER_STEP)])["state"] != "done":
-        raise ConfigError(f"the teacher's figure of {config.name} is missing: {entry.get('error')}")
+    teacher = ledger.pop(str(TEACHER_STEP), {})
+    if config.evaluator.teacher_figure and teacher.get("state") != "done":
+        raise ConfigError(f"the teacher's figure of {config.name} is missing: {teacher.get('error')}")
+    entry = next((entry for entry in ledger.values() if entry["state"] == "done"), None)
+    if entry is None:
+        failed = "; ".join(f"update {step}: {each.get('error')}" for step, each in ledger.items())
+        raise ConfigError(f"{config.name} has no figure to compare: {failed}")
     return Protocol.from_dict({key: value for key, value in entry["protocol"].items() if key != "hash"})
 
 

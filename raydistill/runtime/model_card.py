@@ -12,7 +12,7 @@ from raydistill.checkpoint import Snapshot
 from raydistill.config import flatten
 from raydistill.errors import CheckpointError
 from raydistill.methods.method import Method
-from raydistill.models.diffusers_export import SINGLE_FILE
+from raydistill.models.diffusers_export import LORA_FILE, SINGLE_FILE
 from raydistill.models.edm_pipeline import is_edm
 from raydistill.runtime.session import LEDGER
 from raydistill.runtime.settings import RunConfig, teacher_folder, without_secret_settings
@@ -32,10 +32,12 @@ def write_card(config: RunConfig, method: Method, snapshot: Snapshot, out: Path)
     ledger = folder / LEDGER
     figures: dict[str, Any] = json.loads(ledger.read_text()).get(str(step), {}) if ledger.is_file() else {}
     picture = folder / "artifacts" / "grids" / f"grid_{step:08d}.png"
+    evaluated = figures.get("protocol", {}).get("weights") == config.evaluator.weights
+    has_picture = evaluated and picture.is_file()
     try:
-        if picture.is_file():
+        if has_picture:
             shutil.copyfile(picture, out / _PICTURE)
-        (out / CARD).write_text(card(config, method, snapshot, figures, picture.is_file()))
+        (out / CARD).write_text(card(config, method, snapshot, figures if evaluated else {}, has_picture))
     except OSError as error:
         raise CheckpointError(f"can't write the exported folder {out} (output_dir): {error}") from error
 
@@ -60,7 +62,11 @@ def card(
         f"A generator of {steps} step{'s' * (steps > 1)}, distilled from `{config.teacher.path}` by "
         f"{config.method.label} with raydistill.",
         "",
-        *(_edm_usage(times) if edm else _diffusers_usage(steps, times)),
+        *(
+            _edm_usage(times)
+            if edm
+            else _diffusers_usage(steps, times, lora=bool(config.generator.lora_rank))
+        ),
         "",
         "## Figures",
         "",
@@ -86,7 +92,12 @@ def card(
     return "\n".join(lines)
 
 
-def _diffusers_usage(steps: int, times: str) -> list[str]:
+def _diffusers_usage(steps: int, times: str, *, lora: bool) -> list[str]:
+    adapter = [
+        "",
+        f"`{LORA_FILE}` is the same as an adapter for the teacher's own pipeline, with the scheduler of this folder: "
+        '`pipeline.load_lora_weights("THIS FOLDER")`.',
+    ]
     return [
         "```python",
         "from diffusers import DiffusionPipeline",
@@ -97,6 +108,7 @@ def _diffusers_usage(steps: int, times: str) -> list[str]:
         "",
         f"The scheduler in the folder visits timesteps {times}. No guidance: it is distilled in. The generator alone "
         f"is `{SINGLE_FILE}`, one file by the names of diffusers' UNet2DConditionModel.",
+        *(adapter if lora else []),
     ]
 
 
@@ -108,7 +120,7 @@ def _edm_usage(times: str) -> list[str]:
 
 def _figures(entry: Mapping[str, Any]) -> list[str]:
     if entry.get("state") != "done":
-        return ["This snapshot was not evaluated."]
+        return ["These weights were not evaluated."]
     protocol = entry["protocol"]
     return [
         "| figure | value |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from raydistill.errors import ConfigError, PlacementError
 from raydistill.methods import METHODS
 from raydistill.methods.dmd2 import DMD2Config
 from raydistill.methods.method import MethodConfig
-from raydistill.object_store import is_remote, require_no_credentials
+from raydistill.object_store import is_remote, require_endpoint, require_no_credentials
 from raydistill.roles.critic import CriticConfig
 from raydistill.roles.evaluator import EvaluatorConfig
 from raydistill.roles.generator import GeneratorConfig
@@ -290,7 +291,7 @@ def _validate_copies(checkpoint: CheckpointConfig) -> None:
             "output_dir in any case"
         )
     require_no_credentials(uri or "", "checkpoint.uri")
-    require_no_credentials(checkpoint.endpoint_url or "", "checkpoint.endpoint_url")
+    require_endpoint(checkpoint.endpoint_url, "checkpoint.endpoint_url")
     if checkpoint.retry_max_s <= 0:
         raise ConfigError(f"checkpoint.retry_max_s={checkpoint.retry_max_s:g} must be above 0")
     if checkpoint.upload_wait_s < 0:
@@ -394,8 +395,10 @@ def _validate_placement(placement: PlacementConfig) -> None:
     for name in ("teacher_replicas", "teacher_timeout_s", "teacher_idle_s", "teacher_kept_graphs"):
         if getattr(placement, name) <= 0:
             raise PlacementError(f"placement.{name}={getattr(placement, name)} must be positive")
-    if placement.device_gib is not None and placement.device_gib <= 0:
-        raise PlacementError(f"placement.device_gib={placement.device_gib:g} must be positive, or none")
+    if placement.device_gib is not None and not 0 < placement.device_gib < math.inf:
+        raise PlacementError(
+            f"placement.device_gib={placement.device_gib:g} must be positive and finite, or none"
+        )
     if placement.teacher_chunk_size is not None and placement.teacher_chunk_size < 1:
         raise PlacementError(
             f"placement.teacher_chunk_size={placement.teacher_chunk_size} must be at least 1, or none"

@@ -161,6 +161,28 @@ def test_a_tar_that_is_cut_off_and_a_folder_without_tars_are_named(laion: Path, 
         PairSource(str(tmp_path / "nowhere"))
 
 
+def test_a_tar_is_never_taken_for_a_shorter_one(laion: Path, tmp_path: Path) -> None:
+    file = laion / "00000.tar"
+    whole = file.read_bytes()
+    with tarfile.open(file) as tar:
+        members = tar.getmembers()
+        end = tar.offset
+
+    def read(data: bytes) -> int:
+        file.write_bytes(data)
+        return len(list(PairSource(str(laion)).read(0)))
+
+    count = read(whole)
+    for cut in [*range(512, end + 1, 512), *(member.offset + 200 for member in members)]:
+        with pytest.raises(DataError, match=r"00000\.tar is no whole tar file: .*\(--pairs\)"):
+            read(whole[:cut])
+    for member in members:
+        damaged = whole[: member.offset + 100] + b"\xff" * 100 + whole[member.offset + 200 :]
+        with pytest.raises(DataError, match="is no whole tar file"):
+            read(damaged)
+    assert read(whole[: end + 512]) == count, "the end's first zeros are enough"
+
+
 @pytest.fixture
 def memory() -> Iterator[fsspec.AbstractFileSystem]:
     files = fsspec.filesystem("memory")
