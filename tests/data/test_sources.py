@@ -245,7 +245,10 @@ def test_captions_of_another_coco_year_are_refused(tmp_path: Path) -> None:
         CocoSource(root, "val2017", 10)
 
 
-def test_credentials_in_the_address_of_shards_are_refused(scenes: Path) -> None:
+def test_credentials_in_an_address_and_shares_that_are_none_are_refused(scenes: Path, tmp_path: Path) -> None:
+    for share in (float("nan"), -0.1, 1.0):
+        with pytest.raises(DataError, match=r"prepare\.max_rejected_share\) .* must be in \[0, 1\)"):
+            prepare(CocoSource(scenes, "train", 8), tmp_path, progress=False, max_rejected_share=share)
     with pytest.raises(ConfigError, match="--out has credentials in its URL") as caught:
         prepare(CocoSource(scenes, "train", 8), "s3://AKIA:hidden@bucket/x", progress=False)
     assert "hidden" not in str(caught.value)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from subprocess import run as run_command
+from typing import Literal
 
 import psutil
 import pytest
@@ -132,18 +133,18 @@ def test_runs_of_one_name_are_refused() -> None:
 
 
 def test_figures_of_different_protocols_are_never_put_in_one_table(tmp_path: Path) -> None:
-    def small(name: str, num_samples: int) -> RunConfig:
+    def small(name: str, num_samples: int, weights: Literal["raw", "ema"]) -> RunConfig:
         config = digits.sid(128)
         return replace(
             config,
             name=name,
             output_dir=str(tmp_path),
             tracking=replace(config.tracking, uri="off"),
-            evaluator=replace(config.evaluator, num_samples=num_samples, teacher_steps=2),
+            evaluator=replace(config.evaluator, num_samples=num_samples, weights=weights, teacher_steps=2),
         )
 
-    with pytest.raises(ConfigError, match="can't be compared, their protocols differ in num_samples"):
-        compare("mixed", [small("one", 50), small("other", 60)], at_once=2)
+    with pytest.raises(ConfigError, match=r"their protocols differ in (?=.*num_samples)(?=.*weights)"):
+        compare("mixed", [small("one", 50, "ema"), small("other", 60, "raw")], at_once=2)
 
 
 @pytest.mark.parametrize("method", [digits.dmd2, digits.sid, digits.sida, digits.moment_matching])

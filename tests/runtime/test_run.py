@@ -463,6 +463,9 @@ def test_samples_evaluation_and_export_of_a_finished_run(whole: Path, tmp_path: 
     assert "| teacher.guidance_scale | `2.0` |" in card
     assert (out / "grid.png").read_bytes() == (whole / "artifacts/grids/grid_00000006.png").read_bytes()
     assert (tmp_path / "one.safetensors").stat().st_size > 5_000_000
+    raw = export(str(whole), str(tmp_path / "raw"), step=6, weights="raw")
+    assert "These weights were not evaluated." in (raw / "README.md").read_text()
+    assert not (raw / "grid.png").exists()
     assert (
         json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
     )

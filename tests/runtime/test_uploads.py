@@ -279,6 +279,9 @@ def test_addresses_that_cannot_be_are_one_line_before_anything_starts(
     monkeypatch.setenv("HOME", str(tmp_path))
     s3fs.S3FileSystem.clear_instance_cache()
     assert "no credentials are there; set AWS_ACCESS_KEY_ID" in refusal(config)
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert "(nosuch) could not be found (AWS_PROFILE)" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +290,8 @@ def test_addresses_that_cannot_be_are_one_line_before_anything_starts(
         ({"uri": "/folder"}, r"checkpoint\.uri='/folder' must be a URL"),
         ({"uri": "s3://AKIA:hidden@bucket/x"}, r"checkpoint\.uri has credentials in its URL"),
         ({"endpoint_url": "http://me:hidden@host"}, r"checkpoint\.endpoint_url has credentials in its URL"),
+        ({"endpoint_url": "localhost"}, r"checkpoint\.endpoint_url='localhost' must be http\(s\)://HOST"),
+        ({"endpoint_url": "http://host?sig=hidden"}, r"checkpoint\.endpoint_url='http://host' must be"),
         ({"retry_max_s": 0.0}, r"checkpoint\.retry_max_s=0 must be above 0"),
         ({"upload_wait_s": -1.0}, r"checkpoint\.upload_wait_s=-1 must not be negative"),
     ],
